@@ -1,0 +1,1 @@
+"""Frozen network -> QDQ ONNX under a written contract, checked by a parity gate."""

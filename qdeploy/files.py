@@ -1,0 +1,121 @@
+"""Writing files so that a crash leaves the old one or the new one, and naming bytes by their hash."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qdeploy.errors import DeviceError, QDeployError
+
+
+def sha256(data: bytes | memoryview) -> str:
+    """Hex SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one byte form of a JSON value: sorted keys, no spaces, ASCII, no NaN, one newline at the end."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return text.encode("ascii") + b"\n"
+
+
+def parse_json(data: bytes, what: str, error: type[QDeployError]) -> Any:
+    """Parse JSON strictly: duplicate keys, NaN and trailing bytes are errors of class `error` about `what`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = dict(pairs)
+        if len(keys) != len(pairs):
+            raise ValueError("a key appears twice")
+        return keys
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is not allowed")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+    except (ValueError, RecursionError) as e:
+        raise error(f"{what} is not valid JSON ({e}): fetch or make it again") from e
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names in folder `path` durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` to `path`: temporary file in the same folder, fsync, rename, fsync the folder.
+
+    Raises DeviceError when the disk is full or the folder cannot be written; `path` is then unchanged.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        fsync_dir(path.parent)
+    except OSError as e:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise DeviceError(f"cannot write {path}: {e.strerror or e}") from e
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
+    """Build a folder aside and put it at `path` in one rename when the block ends without an error.
+
+    An existing folder that is not empty is refused unless `force`, which replaces it. On an error nothing is left.
+    Raises DeviceError when `path` cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise DeviceError(f"{path} is a file: choose another output folder")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise DeviceError(f"{path} exists and is not empty: choose another output folder or add --force")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    except OSError as e:
+        raise DeviceError(f"cannot write {path}: {e.strerror or e}") from e
+    try:
+        os.chmod(temporary, 0o755)
+        yield temporary
+        old = None
+        if path.is_dir():
+            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+            os.replace(path, old)
+        os.replace(temporary, path)
+        fsync_dir(path.parent)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise DeviceError(f"cannot write {path}: {e.strerror or e}") from e
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_bytes(path: Path, what: str, error: type[QDeployError]) -> bytes:
+    """Read a whole file; a missing or unreadable one is an `error` that names `what` it should have been."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise error(f"cannot read {what} {path}: {e.strerror or e}") from e

@@ -1,0 +1,123 @@
+"""The integer reference: what a FrozenNet computes, in slow and obvious numpy. docs/integers.md is its prose.
+
+Every kernel and every runtime is held against this. All arithmetic between integers is exact; the float32 operations
+are the ones that docs/integers.md lists, in its order, each rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from qdeploy.frozen import FrozenNet, Node, Quantizer
+
+F32_EXACT = 1 << 24  # integers up to here are exact in float32, so BLAS may add them in any order
+
+
+def quantize(x: np.ndarray, q: Quantizer) -> np.ndarray:
+    """float32 -> uint8 codes: clamp(round_half_even(x / scale) + zero_point, lo, hi)."""
+    codes = np.rint(np.asarray(x, np.float32) / np.float32(q.scale)) + np.float32(q.zero_point)
+    return np.clip(codes, q.lo, q.hi).astype(np.uint8)
+
+
+def dequantize(codes: np.ndarray, q: Quantizer) -> np.ndarray:
+    """uint8 codes -> float32: (code - zero_point) * scale."""
+    return (codes.astype(np.int32) - np.int32(q.zero_point)).astype(np.float32) * np.float32(q.scale)
+
+
+def requantize_scale(input_scale: float, weight_scale: np.ndarray, output_scale: float) -> np.ndarray:
+    """float32(float32(s_x * s_w) / s_y), per output channel."""
+    product = np.float32(input_scale) * weight_scale.astype(np.float32)
+    return (product / np.float32(output_scale)).astype(np.float32)
+
+
+def requantize(acc: np.ndarray, scale: np.ndarray, q: Quantizer) -> np.ndarray:
+    """int32 accumulators -> uint8: float32(acc) * scale, round half to even, + zero point, clamp; `scale` broadcasts."""
+    rounded = np.rint(acc.astype(np.int32).astype(np.float32) * scale)
+    return np.clip(rounded + np.float32(q.zero_point), q.lo, q.hi).astype(np.uint8)
+
+
+def accumulate(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Exact sum over k of x[..., k] * weight[o, k], int64: float BLAS wherever every partial sum is exact."""
+    bound = int(np.abs(x).max(initial=0)) * int(np.abs(weight.astype(np.int32)).sum(1).max(initial=0))
+    dtype = np.float32 if bound < F32_EXACT else np.float64
+    return (x.astype(dtype) @ weight.T.astype(dtype)).astype(np.int64)
+
+
+def conv_accumulate(x: np.ndarray, weight: np.ndarray, node: Node) -> np.ndarray:
+    """x: zero-point-subtracted codes [n, C, H, W]; weight int8 [O, C/g, kh, kw] -> int64 [n, O, H', W'].
+
+    Padding inserts real zero, which is 0 after the zero point is subtracted.
+    """
+    attributes = node.attributes
+    top, left, bottom, right = attributes["padding"]
+    (sh, sw), (dh, dw), groups = attributes["stride"], attributes["dilation"], attributes["groups"]
+    kh, kw = weight.shape[2:]
+    x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    windows = np.lib.stride_tricks.sliding_window_view(x, ((kh - 1) * dh + 1, (kw - 1) * dw + 1), axis=(2, 3))
+    windows = windows[:, :, ::sh, ::sw, ::dh, ::dw]  # [n, C, H', W', kh, kw]
+    n, channels, height, width = windows.shape[:4]
+    per_group, outputs = channels // groups, weight.shape[0] // groups
+    out = np.empty((n, weight.shape[0], height, width), np.int64)
+    for g in range(groups):
+        columns = windows[:, g * per_group : (g + 1) * per_group].transpose(0, 2, 3, 1, 4, 5)
+        part = weight[g * outputs : (g + 1) * outputs].reshape(outputs, -1)
+        acc = accumulate(columns.reshape(n, height, width, -1), part)
+        out[:, g * outputs : (g + 1) * outputs] = acc.transpose(0, 3, 1, 2)
+    return out
+
+
+def run_node(net: FrozenNet, node: Node, codes: dict[str, np.ndarray]) -> np.ndarray:
+    """uint8 codes of `node.output` from the codes of its inputs."""
+    inputs = [net.activations[name].quantizer for name in node.inputs]
+    target = net.activations[node.output].quantizer
+    first = codes[node.inputs[0]]
+    if node.op in ("conv", "linear"):
+        weight, bias = net.tensors[f"{node.name}.weight"], net.tensors[f"{node.name}.bias"]
+        scale = requantize_scale(inputs[0].scale, net.tensors[f"{node.name}.weight_scale"], target.scale)
+        centred = first.astype(np.int32) - inputs[0].zero_point
+        acc = conv_accumulate(centred, weight, node) if node.op == "conv" else accumulate(centred, weight)
+        broadcast = (slice(None), None, None) if node.op == "conv" else slice(None)
+        out = requantize(acc + bias[broadcast].astype(np.int64), scale[broadcast], target)
+    elif node.op == "add":
+        second = dequantize(codes[node.inputs[1]], inputs[1])
+        out = quantize(dequantize(first, inputs[0]) + second, target)
+    elif node.op == "global_average_pool":
+        area = first.shape[2] * first.shape[3]
+        acc = (first.astype(np.int32) - inputs[0].zero_point).sum((2, 3), keepdims=True)
+        scale = np.float32(inputs[0].scale) / (np.float32(target.scale) * np.float32(area))
+        out = requantize(acc, np.asarray(scale, np.float32), target)
+    elif node.op == "max_pool":
+        (kh, kw), (sh, sw) = node.attributes["kernel"], node.attributes["stride"]
+        top, left, bottom, right = node.attributes["padding"]
+        padded = np.pad(first, ((0, 0), (0, 0), (top, bottom), (left, right)))  # code 0 is the least: neutral for max
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (kh, kw), axis=(2, 3))
+        out = windows[:, :, ::sh, ::sw].max((4, 5))
+    elif node.op == "flatten":
+        out = first.reshape(first.shape[0], -1)
+    else:  # requantize: another width of the same values
+        out = quantize(dequantize(first, inputs[0]), target)
+    if node.relu:
+        out = np.maximum(out, np.uint8(target.zero_point))
+    return out
+
+
+def run(net: FrozenNet, codes: np.ndarray, keep: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Run the network on input codes uint8 [n, C, H, W]; returns the codes of the tensors in `keep` (default: all)."""
+    wanted = set(net.activations) if keep is None else set(keep)
+    last_use = {name: i for i, node in enumerate(net.nodes) for name in node.inputs}
+    live = {net.input: codes}
+    for i, node in enumerate(net.nodes):
+        live[node.output] = run_node(net, node, live)
+        for name in set(node.inputs) - wanted:
+            if last_use[name] == i:
+                del live[name]
+    return {name: value for name, value in live.items() if name in wanted}
+
+
+def logits(net: FrozenNet, codes: np.ndarray, batch: int = 256) -> np.ndarray:
+    """Float32 outputs [n, classes] of the network for input codes uint8 [n, C, H, W], in batches."""
+    quantizer = net.activations[net.output].quantizer
+    parts = [run(net, codes[i : i + batch], [net.output])[net.output] for i in range(0, len(codes), batch)]
+    return dequantize(np.concatenate(parts), quantizer)

@@ -1,0 +1,1 @@
+"""Plain float torch backbones; nothing here knows about quantization."""

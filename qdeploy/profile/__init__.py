@@ -1,0 +1,1 @@
+"""What a model costs: BitOPs and memory (pure), latency (measured)."""

@@ -1,0 +1,1 @@
+"""Quantizers as small torch modules and pure functions, and the network built from them."""
