@@ -1,0 +1,87 @@
+"""Quantizers as small torch modules: one learned step each, one way to ask for integers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qdeploy.errors import ModelError
+from qdeploy.frozen import Quantizer
+from qdeploy.quant.functions import quantize_activation, quantize_weight
+from qdeploy.quant.grid import container_bits, container_codes, midpoint
+from qdeploy.space import MAX_BITS
+
+
+class ActivationQuantizer(nn.Module):
+    """uint8 quantizer of one tensor at one width, with a learned step.
+
+    Unsigned tensors (behind a Relu) use codes 0..2^b-1 and zero point 0; signed ones 2^(b-1). The step starts from the
+    first batch that comes through.
+    """
+
+    def __init__(self, bits: int, signed: bool) -> None:
+        super().__init__()
+        self.bits, self.signed = bits, signed
+        self.zero_point = 1 << (bits - 1) if signed else 0
+        self.hi = (1 << bits) - 1
+        self.step = nn.Parameter(torch.ones(()))
+        self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
+        self.observed: list[float] | None = None  # mean squares of the batches seen, while someone asks for them
+
+    def initialise(self, x: Tensor) -> None:
+        """Set the step from one batch: 2 * mean|x| / sqrt(Q_p) (LSQ) below 8 bits, max|x| / Q_p at 8, which clips nothing."""
+        magnitude = x.detach().abs()
+        positive = self.hi - self.zero_point
+        start = magnitude.max() / positive if self.bits == MAX_BITS else 2 * magnitude.mean() / math.sqrt(positive)
+        self.step.data.copy_(start.clamp_min(1e-5))
+        self.ready.fill_(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.ready:
+            self.initialise(x)
+        if self.observed is not None:
+            self.observed.append(float(x.detach().square().mean()))
+        return quantize_activation(x, self.step, self.zero_point, self.hi)
+
+    def frozen(self, clip: bool) -> Quantizer:
+        """The integer quantizer that this one simulates."""
+        if not self.ready:
+            raise ModelError("a quantizer never saw data: train or calibrate the network first")
+        return Quantizer(float(self.step.detach()), self.zero_point, 0, self.hi if clip else 255, clip)
+
+
+class WeightQuantizer(nn.Module):
+    """Weight codes at a top width N with one learned step; every lower width is a truncation (vertical layering).
+
+    With widths = (b,) it is plain LSQ at b bits. The step starts at 2 * mean|w| / sqrt(2^N - 1).
+    """
+
+    def __init__(self, weight: Tensor, top: int, compensation: bool = True) -> None:
+        super().__init__()
+        self.top, self.compensation = top, compensation
+        start = 2 * weight.detach().abs().mean().clamp_min(1e-8) / math.sqrt((1 << top) - 1)
+        self.step = nn.Parameter(start.reshape(()).float())
+
+    def forward(self, weight: Tensor, bits: int) -> Tensor:
+        container = container_bits(self.top)
+        offset = midpoint(bits, self.top) if self.compensation else 0
+        fine = 2.0 ** (self.top - container)
+        shift, unit = self.top - bits, 1 << (container - bits)
+        return quantize_weight(weight, self.step, self.top, shift, unit, offset, fine)
+
+    def top_codes(self, weight: Tensor) -> np.ndarray:
+        """Raw codes at the top width, int32, the shape of `weight`."""
+        half = 1 << (self.top - 1)
+        return (weight.detach() / self.step.detach()).round().clamp(-half, half - 1).to(torch.int32).numpy()
+
+    def codes(self, weight: Tensor, bits: int) -> np.ndarray:
+        """int8 container codes at width `bits`."""
+        return container_codes(self.top_codes(weight), bits, self.top, self.compensation)
+
+    @property
+    def container_step(self) -> float:
+        """Real value of one container unit: s_N * 2^(N - C)."""
+        return float(self.step.detach()) * 2.0 ** (self.top - container_bits(self.top))

@@ -1,0 +1,157 @@
+"""Recipe: models/NAME.toml as frozen dataclasses; an unknown key or a wrong type is an error that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from qdeploy.errors import RecipeError
+from qdeploy.files import read_bytes
+from qdeploy.space import MAX_BITS, MIN_BITS
+
+
+@dataclass(frozen=True)
+class NetworkChoice:
+    """Which backbone: a name of `qdeploy.nets`, its base width and the stride of its first convolution."""
+
+    name: str
+    width: int | None = None
+    stem_stride: int = 1
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """Which images: a dataset's name, how many training images (all by default), augmentation."""
+
+    name: str
+    split: Literal["train", "sample"] = "train"
+    train_images: int | None = None
+    augment: Literal["none", "flip-shift"] = "flip-shift"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What is quantized and how (vertical layering).
+
+    `widths` are trained together; the greatest is the top width K. `activation_bits` "same" follows the weights' width
+    in every layer, 8 keeps all activations at 8 bits. `first_last` are the first and the last layer's widths: 8, or
+    "float" as in the paper (such a network cannot be frozen). One width alone is plain LSQ.
+    """
+
+    method: Literal["vertical"] = "vertical"
+    widths: tuple[int, ...] = (2, 3, 4)
+    activation_bits: Literal["same", 8] = "same"
+    first_last: Literal[8, "float"] = 8
+    compensation: bool = True
+    distillation: bool = True
+    scalarization: Literal["unitary", "mgd"] = "unitary"
+
+    def __post_init__(self) -> None:
+        if not self.widths or list(self.widths) != sorted(set(self.widths)):
+            raise RecipeError(f"quantization.widths {list(self.widths)} must be rising, for example [2, 3, 4]")
+        if not all(MIN_BITS <= b <= MAX_BITS for b in self.widths):
+            raise RecipeError(f"quantization.widths {list(self.widths)} must lie in {MIN_BITS}..{MAX_BITS}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One training phase: SGD with momentum 0.9, cosine decay to zero."""
+
+    epochs: int
+    learning_rate: float
+    weight_decay: float
+    batch: int = 128
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch < 2 or not self.learning_rate > 0 or not self.weight_decay >= 0:
+            raise RecipeError(f"a training phase needs epochs >= 1, batch >= 2, learning_rate > 0: got {self}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole training: network, data, quantization, the float phase and the quantized phase."""
+
+    name: str
+    network: NetworkChoice
+    data: DataChoice
+    quantization: Quantization = field(default_factory=Quantization)
+    float_phase: Schedule = field(default_factory=lambda: Schedule(8, 0.1, 5e-4, nesterov=True))
+    quantized_phase: Schedule = field(default_factory=lambda: Schedule(8, 0.01, 1e-4))
+    seed: int = 0
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A copy with some fields changed; `quantization` may be a dict of its own changes."""
+        if isinstance(changes.get("quantization"), dict):
+            changes["quantization"] = dataclasses.replace(self.quantization, **changes["quantization"])
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON value with every field; `from_dict` is its inverse."""
+        value: dict[str, Any] = dataclasses.asdict(self)
+        value["quantization"]["widths"] = list(self.quantization.widths)
+        return _without_none(value)
+
+
+def _without_none(value: dict[str, Any]) -> dict[str, Any]:
+    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in value.items() if v is not None}
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` as type `kind`, or RecipeError at `where`; integers pass for floats, lists for tuples."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build(kind, value, where)
+    if origin is Literal:
+        if not any(value == a and type(value) is type(a) for a in args):
+            raise RecipeError(f"{where} is {value!r}: choose one of {', '.join(repr(a) for a in args)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise RecipeError(f"{where} is {value!r}: a list is needed")
+        return tuple(_convert(args[0], item, where) for item in value)
+    if args:  # X | None: absent is None, so a given value must be an X
+        return _convert(next(a for a in args if a is not type(None)), value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise RecipeError(f"{where} is {value!r}: {kind.__name__} is needed")
+    return value
+
+
+def _build(cls: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise RecipeError(f"{where or 'the recipe'} must be a table")
+    kinds = typing.get_type_hints(cls)
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in kinds:
+            raise RecipeError(f"unknown key {prefix}{key}: known keys are {', '.join(sorted(kinds))}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name, entry in fields.items():
+        needed = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+        if needed and name not in value:
+            raise RecipeError(f"the recipe lacks {prefix}{name}")
+    return cls(**{key: _convert(kinds[key], item, prefix + key) for key, item in value.items()})
+
+
+def from_dict(value: Any) -> Recipe:
+    """Recipe from a plain dict; raises RecipeError that names the key at fault."""
+    recipe = _build(Recipe, value, "")
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe file."""
+    data = read_bytes(path, "the recipe", RecipeError)
+    try:
+        value = tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise RecipeError(f"{path} is not valid TOML: {e}") from e
+    value.setdefault("name", Path(path).stem)
+    return from_dict(value)

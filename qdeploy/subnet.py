@@ -1,0 +1,255 @@
+"""Supernet + SubnetSpec -> FrozenNet: calibrate for this mix, fold, round to integers, evaluate what will ship."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qdeploy import integer
+from qdeploy.data import Dataset
+from qdeploy.errors import ModelError
+from qdeploy.frozen import KEEPS_CODES, FrozenNet, Node, Quantizer, WeightBits
+from qdeploy.frozen import Tensor as Activation
+from qdeploy.quant.grid import container_bits
+from qdeploy.quant.layers import ActivationQuantizer
+from qdeploy.quant.graph import Step
+from qdeploy.quant.network import INPUT_SCALE, QuantNet
+from qdeploy.space import SubnetSpec
+
+CALIBRATION_IMAGES = 2048
+CALIBRATION_BATCH = 256
+GOLDEN_IMAGES = 32
+BIAS_LIMIT = 1 << 30  # keeps bias + accumulator inside int32
+
+
+# ---- calibration -----------------------------------------------------------------------------------------------
+
+
+def _batches(images: np.ndarray) -> Iterator[Tensor]:
+    for i in range(0, min(len(images), CALIBRATION_IMAGES), CALIBRATION_BATCH):
+        yield torch.from_numpy(images[i : i + CALIBRATION_BATCH]).float().div_(255.0)
+
+
+@torch.no_grad()
+def reestimate_norms(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> None:
+    """Replace the batch-norm statistics that `spec` uses by their mean over calibration images uint8 [n, C, H, W]."""
+    norms = [norm for step in net.graph.steps if (norm := net.norm(step, spec)) is not None]
+    net.eval()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+        norm.train()
+    for batch in _batches(images):
+        net(batch, spec)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    net.eval()
+
+
+@torch.no_grad()
+def _mean_squares(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> dict[ActivationQuantizer, float]:
+    quantizers = [m for m in net.modules() if isinstance(m, ActivationQuantizer)]
+    for quantizer in quantizers:
+        quantizer.observed = []
+    net.eval()
+    for batch in _batches(images):
+        net(batch, spec)
+    found = {q: float(np.mean(q.observed)) for q in quantizers if q.observed}
+    for quantizer in quantizers:
+        quantizer.observed = None
+    return found
+
+
+def reestimate_ranges(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> None:
+    """Scale each learned activation step by the ratio of its tensor's root mean square in this mix and in training.
+
+    The step was learned for its width's uniform network; the clipping that training chose is kept relative to the
+    tensor's spread. Under a uniform spec the ratio is 1 and nothing changes.
+    """
+    uniform: dict[ActivationQuantizer, float] = {}
+    for width in {entry.weight_bits for entry in spec.layers} & set(net.choice.widths):
+        uniform |= _mean_squares(net, net.uniform(width), images)
+    for quantizer, mixed in _mean_squares(net, spec, images).items():
+        if quantizer in uniform and uniform[quantizer] > 0 and mixed > 0:
+            quantizer.step.data.mul_((mixed / uniform[quantizer]) ** 0.5)
+
+
+def calibrated(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> QuantNet:
+    """A copy of `net` with batch norm and activation ranges re-estimated for `spec`."""
+    net.check_spec(spec)
+    if len(images) < CALIBRATION_BATCH:
+        raise ModelError(f"{len(images)} calibration images are too few for statistics: give {CALIBRATION_BATCH} or more")
+    net = copy.deepcopy(net)
+    widths = {entry.weight_bits for entry in spec.layers if entry.layer not in net.fixed}
+    if len(widths) > 1:
+        reestimate_norms(net, spec, images)
+        reestimate_ranges(net, spec, images)
+    reestimate_norms(net, spec, images)
+    return net
+
+
+# ---- integers --------------------------------------------------------------------------------------------------
+
+
+def _norm_factors(net: QuantNet, step: Step, spec: SubnetSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Per-channel factor and bias of a layer after its batch norm is folded, float64 [O]."""
+    layer = cast("nn.Conv2d | nn.Linear", step.module)
+    outputs = layer.weight.shape[0]
+    bias = np.zeros(outputs) if layer.bias is None else layer.bias.detach().double().numpy()
+    norm = net.norm(step, spec)
+    if norm is None:
+        return np.ones(outputs), bias
+    mean, variance = cast(Tensor, norm.running_mean).double().numpy(), cast(Tensor, norm.running_var).double().numpy()
+    gamma = norm.weight.detach().double().numpy() if norm.affine else np.ones(outputs)
+    beta = norm.bias.detach().double().numpy() if norm.affine else np.zeros(outputs)
+    factor = gamma / np.sqrt(variance + norm.eps)
+    return factor, beta + (bias - mean) * factor
+
+
+def _layer_tensors(net: QuantNet, step: Step, spec: SubnetSpec, source: Quantizer) -> dict[str, np.ndarray]:
+    """Codes, scales and int32 bias of one layer (folding goes into scale and bias, never into codes)."""
+    layer = cast("nn.Conv2d | nn.Linear", step.module)
+    quantizer = net.weight_quantizer(step)
+    factor, bias = _norm_factors(net, step, spec)
+    if not (factor > 0).all():
+        raise ModelError(f"layer {step.name}: a batch-norm factor is not positive, so its scale would be negative")
+    scale = (quantizer.container_step * factor).astype(np.float32)
+    unit = (np.float32(source.scale) * scale).astype(np.float64)
+    codes = np.rint(bias / unit)
+    if not (np.abs(codes) < BIAS_LIMIT).all():
+        raise ModelError(f"layer {step.name}: the bias does not fit int32 at its scale; a channel's weights are all but zero")
+    return {
+        f"{step.name}.weight": quantizer.codes(layer.weight, spec[step.name].weight_bits),
+        f"{step.name}.weight_scale": scale,
+        f"{step.name}.bias": codes.astype(np.int32),
+    }
+
+
+@dataclass
+class _Assembly:
+    """What freezing collects on its way through the graph."""
+
+    nodes: list[Node]
+    activations: dict[str, Activation]
+    tensors: dict[str, np.ndarray]
+    weights: dict[str, WeightBits]
+
+
+def _limit(quantizer: Quantizer, ceiling: float | None) -> Quantizer:
+    """Lower `hi` to a Relu6's ceiling; that needs a Clip in the graph."""
+    if ceiling is None:
+        return quantizer
+    hi = min(quantizer.hi, int(np.rint(np.float32(ceiling) / np.float32(quantizer.scale))) + quantizer.zero_point)
+    return Quantizer(quantizer.scale, quantizer.zero_point, quantizer.lo, hi, clip=True)
+
+
+def _freeze_step(net: QuantNet, step: Step, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], out: _Assembly) -> None:
+    place = net.placements[step.name]
+    lows = net.reads_low(step)
+    inputs = tuple(net.placements[name].low_name if lows else name for name in step.inputs)
+    source = out.activations[inputs[0]].quantizer
+    clip = net.choice.activation_bits == "same"
+    if step.op in KEEPS_CODES:
+        quantizer = source
+    elif place.stream:
+        stream = net.stream_quantizer(step.name, spec)
+        assert stream is not None
+        quantizer = _limit(stream.frozen(clip=False), step.ceiling)
+    else:
+        quantizer = _limit(net.low_quantizer(step.name, spec).frozen(clip), step.ceiling)
+    if step.op in ("conv", "linear"):
+        out.tensors |= _layer_tensors(net, step, spec, source)
+        top = net.weight_quantizer(step).top
+        out.weights[step.name] = WeightBits(spec[step.name].weight_bits, top, container_bits(top))
+    out.nodes.append(Node(step.name, step.op, inputs, step.name, step.relu, step.attributes))
+    out.activations[step.name] = Activation(step.name, shapes[step.name], quantizer)
+    _freeze_low(net, step.name, spec, shapes, out)
+
+
+def _freeze_low(net: QuantNet, tensor: str, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], out: _Assembly) -> None:
+    """The second quantizer of a tensor whose 8-bit form other readers need."""
+    place = net.placements[tensor]
+    if not (place.stream and place.low):
+        return
+    quantizer = net.low_quantizer(tensor, spec).frozen(clip=True)
+    out.nodes.append(Node(place.low_name, "requantize", (tensor,), place.low_name))
+    out.activations[place.low_name] = Activation(place.low_name, shapes[tensor], quantizer)
+
+
+@torch.no_grad()
+def _shapes(net: QuantNet, spec: SubnetSpec, image: Tensor) -> dict[str, tuple[int, ...]]:
+    trace: dict[str, Tensor] = {}
+    net.eval()
+    net(image, spec, trace)
+    shapes = {name.removesuffix(".low"): tuple(value.shape[1:]) for name, value in trace.items()}
+    return shapes
+
+
+def to_integers(net: QuantNet, spec: SubnetSpec, name: str, golden: np.ndarray) -> FrozenNet:
+    """Freeze a calibrated network; goldens are the integer reference's codes on `golden`, uint8 [n, C, H, W].
+
+    Raises ModelError when layers were left in float, since a legal model is integer from end to end.
+    """
+    if net.float_ends:
+        raise ModelError("first_last = \"float\" leaves layers in float: such a network trains and evaluates but cannot be frozen")
+    shapes = _shapes(net, spec, torch.zeros(1, *golden.shape[1:]))
+    image = Activation(net.graph.input, golden.shape[1:], Quantizer(float(np.float32(INPUT_SCALE)), 0))
+    out = _Assembly([], {net.graph.input: image}, {}, {})
+    _freeze_low(net, net.graph.input, spec, shapes, out)
+    for step in net.graph.steps:
+        _freeze_step(net, step, spec, shapes, out)
+    frozen = FrozenNet(
+        name, spec, net.graph.input, net.graph.output, tuple(out.nodes), out.activations, out.weights, out.tensors, {}
+    )
+    codes = integer.run(frozen, golden)
+    report = {"simulation": simulation_parity(net, spec, frozen, golden)}
+    return FrozenNet(**(vars(frozen) | {"golden": codes, "report": report})).check()
+
+
+@torch.no_grad()
+def simulation_parity(net: QuantNet, spec: SubnetSpec, frozen: FrozenNet, images: np.ndarray) -> dict[str, Any]:
+    """Layer by layer, how many codes of the trained simulation differ from the integers, each layer fed the integers.
+
+    Returns {codes, differing, fraction, largest_step, layers: {name: differing}}: the cost of the int32 bias and of float32 order.
+    """
+    codes = integer.run(frozen, images)
+    values = {t: torch.from_numpy(integer.dequantize(codes[t], frozen.activations[t].quantizer)) for t in codes}
+    net.eval()
+    layers: dict[str, int] = {}
+    total = differing = largest = 0
+    for step in net.graph.steps:
+        low = net.reads_low(step)
+        inputs = [values[net.placements[name].low_name if low else name] for name in step.inputs]
+        result = net.compute(step, inputs, spec).numpy()
+        expected = integer.quantize(result, frozen.activations[step.name].quantizer)
+        step_size = np.abs(expected.astype(np.int32) - codes[step.name].astype(np.int32))
+        total += step_size.size
+        largest = max(largest, int(step_size.max(initial=0)))
+        if count := int((step_size > 0).sum()):
+            layers[step.name] = count
+            differing += count
+    fraction = differing / max(1, total)
+    return {"codes": total, "differing": differing, "fraction": fraction, "largest_step": largest, "layers": layers}
+
+
+def integer_accuracy(frozen: FrozenNet, data: Dataset) -> float:
+    """Top-1 accuracy in per cent of the integers themselves."""
+    output = integer.logits(frozen, data.images)
+    return 100.0 * float((output.argmax(1) == data.labels).mean())
+
+
+def extract(net: QuantNet, spec: SubnetSpec, name: str, calibration: np.ndarray, test: Dataset | None) -> FrozenNet:
+    """Calibrate, freeze and evaluate one subnet. `calibration`: training images uint8 [n, C, H, W]."""
+    mixed = calibrated(net, spec, calibration)
+    frozen = to_integers(mixed, spec, name, calibration[:GOLDEN_IMAGES])
+    if test is None:
+        return frozen
+    report = dict(frozen.report) | {"accuracy": integer_accuracy(frozen, test), "test_images": len(test.labels)}
+    return FrozenNet(**(vars(frozen) | {"report": report}))

@@ -1,0 +1,38 @@
+"""The full-precision phase: plain cross-entropy on the float backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from qdeploy.recipe import Schedule
+from qdeploy.train.groups import decay_groups
+
+MIN_NORM_FACTOR = 1e-3
+
+
+class FullPrecision:
+    """Phase `float`; batch-norm factors are kept positive so that they can be folded into positive scales."""
+
+    name = "float"
+
+    def __init__(self, network: nn.Module, schedule: Schedule) -> None:
+        self.module, self.schedule = network, schedule
+
+    def groups(self) -> list[dict[str, Any]]:
+        return decay_groups(list(self.module.parameters()), self.schedule.weight_decay)
+
+    def backward(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        self.module.train()
+        loss = F.cross_entropy(self.module(images), labels)
+        loss.backward()
+        return {"fp": float(loss.detach())}
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for module in self.module.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.clamp_(min=MIN_NORM_FACTOR)

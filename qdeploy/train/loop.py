@@ -1,0 +1,150 @@
+"""The one training loop: phases of steps, progress, checkpoints, and a resume that is bitwise the same run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from qdeploy.data import Dataset
+from qdeploy.errors import DeviceError, ModelError
+from qdeploy.recipe import Recipe, Schedule
+from qdeploy.train.checkpoint import load_checkpoint, load_module, momentum_tensors, restore_momentum, save_checkpoint
+from qdeploy.train.images import batches
+
+CHECKPOINT_SECONDS = 20.0
+Echo = Callable[[str], None]
+
+
+class Phase(Protocol):
+    """What a method gives the loop: a module, its optimizer groups, and one step's forward and backward."""
+
+    name: str
+    module: nn.Module
+    schedule: Schedule
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups; each holds `params`, `weight_decay` and `rate` (a multiple of the learning rate)."""
+
+    def backward(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        """Add this batch's gradients to the parameters; returns losses by name."""
+
+    def after_step(self) -> None:
+        """Put parameters back into their legal range."""
+
+
+class Progress:
+    """Prints one line every few seconds: phase, epoch, loss, images a second, time left."""
+
+    def __init__(self, echo: Echo, phase: str, total: int, done: int) -> None:
+        self.echo, self.phase, self.total = echo, phase, total
+        self.start, self.first, self.last = time.monotonic(), done, 0.0
+
+    def report(self, done: int, per_epoch: int, losses: dict[str, float], every: float = 10.0) -> None:
+        """`done` steps of the phase are finished."""
+        now = time.monotonic()
+        if now - self.last < every and done < self.total:
+            return
+        self.last = now
+        left = (now - self.start) / max(1, done - self.first) * (self.total - done)
+        text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        epoch = min(done // per_epoch + 1, self.total // per_epoch)
+        self.echo(f"{self.phase}: epoch {epoch}/{self.total // per_epoch}, step {done}/{self.total}, loss {text}, {left:.0f} s left")
+
+
+def make_optimizer(phase: Phase) -> SGD:
+    """SGD with momentum 0.9 over the phase's groups."""
+    rate = phase.schedule.learning_rate
+    groups = [group | {"lr": rate * group["rate"]} for group in phase.groups()]
+    return SGD(groups, lr=rate, momentum=0.9, nesterov=phase.schedule.nesterov)
+
+
+def cosine(step: int, total: int) -> float:
+    """Cosine decay from 1 to 0."""
+    return 0.5 * (1.0 + math.cos(math.pi * step / total))
+
+
+def run_phase(phase: Phase, recipe: Recipe, data: Dataset, run: Path, echo: Echo) -> None:
+    """Train `phase` to its end, from its checkpoint in `run` if there is one.
+
+    A checkpoint is written every CHECKPOINT_SECONDS, at every epoch's end and on Ctrl-C (which is raised again).
+    Raises ModelError when a loss stops being finite, DeviceError when the disk is full.
+    """
+    schedule = phase.schedule
+    per_epoch = len(data.labels) // schedule.batch
+    if per_epoch < 1:
+        raise ModelError(f"{len(data.labels)} images make no batch of {schedule.batch}: lower the recipe's batch")
+    total = per_epoch * schedule.epochs
+    phase.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.3 times faster here
+    optimizer = make_optimizer(phase)
+    path = run / f"{phase.name}.checkpoint"
+    done = resume(path, phase, recipe, optimizer) if path.exists() else 0
+    progress = Progress(echo, phase.name, total, done)
+    saved = time.monotonic()
+    try:
+        while done < total:
+            epoch, first = divmod(done, per_epoch)
+            flip = recipe.data.augment == "flip-shift"
+            for images, labels in batches(data, schedule.batch, recipe.seed, epoch, first, flip):
+                losses = train_step(phase, optimizer, images, labels, cosine(done, total))
+                done += 1
+                progress.report(done, per_epoch, losses)
+                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    store(path, phase, recipe, optimizer, (done, total), data)
+                    saved = time.monotonic()
+            log_metrics(run, {"phase": phase.name, "epoch": epoch + 1, "loss": losses})
+    except KeyboardInterrupt:
+        store(path, phase, recipe, optimizer, (done, total), data)
+        echo(f"stopped in {phase.name} at step {done}/{total}: the same command resumes there")
+        raise
+    store(path, phase, recipe, optimizer, (done, total), data)
+
+
+def train_step(phase: Phase, optimizer: SGD, images: Tensor, labels: Tensor, decay: float) -> dict[str, float]:
+    """One optimizer step at `decay` times the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = phase.schedule.learning_rate * group["rate"] * decay
+    optimizer.zero_grad(set_to_none=True)
+    losses = phase.backward(images.contiguous(memory_format=torch.channels_last), labels)
+    if not all(math.isfinite(value) for value in losses.values()):
+        raise ModelError(f"the loss of {phase.name} is no longer finite ({losses}): lower the learning rate")
+    optimizer.step()
+    phase.after_step()
+    return losses
+
+
+def store(path: Path, phase: Phase, recipe: Recipe, optimizer: SGD, steps: tuple[int, int], data: Dataset) -> None:
+    """Write the phase's checkpoint: `steps` done and in all, and what images the network takes."""
+    done, total = steps
+    tensors = {f"model/{key}": value for key, value in phase.module.state_dict().items()}
+    if done < total:
+        tensors |= momentum_tensors(optimizer)
+    images = {"shape": list(data.images.shape[1:]), "classes": data.classes}
+    state = {"recipe": recipe.to_json(), "phase": phase.name, "done": done, "total": total, "images": images}
+    save_checkpoint(path, state, tensors)
+
+
+def resume(path: Path, phase: Phase, recipe: Recipe, optimizer: SGD) -> int:
+    """Load a phase's checkpoint into it and return the number of steps done."""
+    state, tensors = load_checkpoint(path)
+    if state.get("recipe") != recipe.to_json() or state.get("phase") != phase.name:
+        raise ModelError(f"{path} was made by another recipe: choose another output folder or restore that recipe")
+    load_module(phase.module, tensors, "model/", str(path))
+    restore_momentum(optimizer, tensors)
+    return int(state["done"])
+
+
+def log_metrics(run: Path, row: dict[str, Any]) -> None:
+    """Append one line to RUN/metrics.jsonl."""
+    try:
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row, sort_keys=True) + "\n")
+    except OSError as e:
+        raise DeviceError(f"cannot write {run / 'metrics.jsonl'}: {e.strerror or e}") from e

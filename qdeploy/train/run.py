@@ -1,0 +1,127 @@
+"""`qdeploy train`: a recipe becomes a RUN folder.
+
+RUN/recipe.json, float.checkpoint, quantized.checkpoint, metrics.jsonl, report.json (accuracy of every width on the test
+images). Each phase resumes from its checkpoint; a finished phase is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qdeploy.data import Dataset, load
+from qdeploy.errors import ModelError
+from qdeploy.files import canonical_json, parse_json, read_bytes, write_atomic
+from qdeploy.nets import build
+from qdeploy.quant.network import QuantNet, levels
+from qdeploy.recipe import Recipe, from_dict
+from qdeploy.space import SubnetSpec
+from qdeploy.train.checkpoint import load_checkpoint, load_module
+from qdeploy.train.full_precision import FullPrecision
+from qdeploy.train.images import as_input, generator
+from qdeploy.train.loop import Echo, run_phase
+from qdeploy.train.vertical import Vertical
+
+
+def training_set(recipe: Recipe, data_dir: Path | None) -> Dataset:
+    """The recipe's training images: all of its split, or a fixed random subset of `train_images`."""
+    data = load(recipe.data.name, recipe.data.split, data_dir)
+    wanted = recipe.data.train_images
+    if wanted is None:
+        return data
+    if not 1 <= wanted <= len(data.labels):
+        raise ModelError(f"data.train_images is {wanted}: the split has {len(data.labels)}")
+    index = np.sort(generator(0, "subset", wanted).permutation(len(data.labels))[:wanted])
+    return Dataset(data.name, data.split, data.images[index], data.labels[index])
+
+
+def new_network(recipe: Recipe, channels: int, classes: int) -> nn.Module:
+    """The recipe's float backbone with its seed's initial weights."""
+    choice = recipe.network
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return build(choice.name, channels, classes, choice.width, choice.stem_stride)
+
+
+def new_quantized(recipe: Recipe, network: nn.Module, image_shape: tuple[int, ...]) -> QuantNet:
+    """QuantNet over a float backbone."""
+    return QuantNet(network, recipe.network.name, recipe.quantization, torch.zeros(1, *image_shape))
+
+
+@torch.no_grad()
+def accuracy(net: QuantNet, spec: SubnetSpec, data: Dataset, batch: int = 500) -> float:
+    """Top-1 accuracy in per cent of the simulation under `spec`."""
+    net.eval()
+    right = 0
+    for i in range(0, len(data.labels), batch):
+        output = net(as_input(data.images[i : i + batch]), spec)
+        right += int((output.argmax(1) == torch.from_numpy(data.labels[i : i + batch])).sum())
+    return 100.0 * right / len(data.labels)
+
+
+@torch.no_grad()
+def float_accuracy(network: nn.Module, data: Dataset, batch: int = 500) -> float:
+    """Top-1 accuracy in per cent of the float backbone."""
+    network.eval()
+    right = 0
+    for i in range(0, len(data.labels), batch):
+        output: Tensor = network(as_input(data.images[i : i + batch]))
+        right += int((output.argmax(1) == torch.from_numpy(data.labels[i : i + batch])).sum())
+    return 100.0 * right / len(data.labels)
+
+
+def write_recipe(run: Path, recipe: Recipe) -> None:
+    """Keep the recipe in the run; another recipe's run is refused."""
+    path = run / "recipe.json"
+    content = canonical_json(recipe.to_json())
+    if path.exists() and path.read_bytes() != content:
+        raise ModelError(f"{run} holds a run of another recipe: choose another output folder")
+    write_atomic(path, content)
+
+
+def train(recipe: Recipe, run: Path, data_dir: Path | None, echo: Echo, float_from: Path | None = None) -> dict[str, Any]:
+    """Train to the end and return the report {float, levels: {width: per cent}}.
+
+    `float_from` is the `float.checkpoint` of another run with the same network, data and seed: the float phase is then
+    taken from there (for tables that compare methods from one starting point).
+    """
+    run = Path(run)
+    data, test = training_set(recipe, data_dir), load(recipe.data.name, "test", data_dir)
+    write_recipe(run, recipe)
+    network = new_network(recipe, test.images.shape[1], test.classes)
+    if float_from is None:
+        run_phase(FullPrecision(network, recipe.float_phase), recipe, data, run, echo)
+    else:
+        _, tensors = load_checkpoint(float_from)
+        load_module(network, tensors, "model/", str(float_from))
+    report: dict[str, Any] = {"float": float_accuracy(network, test)}
+    echo(f"float: {report['float']:.2f}% on {len(test.labels)} test images")
+    net = new_quantized(recipe, network, test.images.shape[1:])
+    run_phase(Vertical(net, recipe.quantized_phase, recipe.quantization), recipe, data, run, echo)
+    report["levels"] = {str(width): accuracy(net, spec, test) for width, spec in levels(net).items()}
+    for width, value in report["levels"].items():
+        echo(f"{width} bits: {value:.2f}% on {len(test.labels)} test images (simulation)")
+    write_atomic(run / "report.json", canonical_json(report))
+    return report
+
+
+def load_run(run: Path) -> tuple[Recipe, QuantNet]:
+    """The recipe and the trained network of a finished run; ModelError when it is not finished or damaged."""
+    run = Path(run)
+    if not run.is_dir():
+        raise ModelError(f"{run} is not a run folder: make one with `qdeploy train`")
+    recipe = from_dict(parse_json(read_bytes(run / "recipe.json", "the run's recipe", ModelError), "recipe.json", ModelError))
+    state, tensors = load_checkpoint(run / "quantized.checkpoint")
+    if state.get("done") != state.get("total"):
+        raise ModelError(f"{run} stopped at step {state.get('done')} of {state.get('total')}: run `qdeploy train` on it again")
+    if json.loads(canonical_json(state["recipe"])) != recipe.to_json():
+        raise ModelError(f"the checkpoint in {run} belongs to another recipe than its recipe.json")
+    shape, classes = tuple(state["images"]["shape"]), int(state["images"]["classes"])
+    net = new_quantized(recipe, new_network(recipe, shape[0], classes), shape)
+    load_module(net, tensors, "model/", str(run))
+    return recipe, net
