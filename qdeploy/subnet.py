@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,9 +16,9 @@ from qdeploy.data import Dataset
 from qdeploy.errors import ModelError
 from qdeploy.frozen import KEEPS_CODES, FrozenNet, Node, Quantizer, WeightBits
 from qdeploy.frozen import Tensor as Activation
+from qdeploy.quant.graph import Step
 from qdeploy.quant.grid import container_bits
 from qdeploy.quant.layers import ActivationQuantizer
-from qdeploy.quant.graph import Step
 from qdeploy.quant.network import INPUT_SCALE, QuantNet
 from qdeploy.space import SubnetSpec
 
@@ -54,17 +54,24 @@ def reestimate_norms(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> Non
 
 
 @torch.no_grad()
-def _mean_squares(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> dict[ActivationQuantizer, float]:
+def observe(
+    net: QuantNet, spec: SubnetSpec, batches: Iterable[Tensor]
+) -> dict[ActivationQuantizer, list[tuple[float, float]]]:
+    """(mean square, greatest magnitude) of every batch at every activation quantizer that `spec` uses."""
     quantizers = [m for m in net.modules() if isinstance(m, ActivationQuantizer)]
     for quantizer in quantizers:
         quantizer.observed = []
     net.eval()
-    for batch in _batches(images):
+    for batch in batches:
         net(batch, spec)
-    found = {q: float(np.mean(q.observed)) for q in quantizers if q.observed}
+    found = {q: q.observed for q in quantizers if q.observed}
     for quantizer in quantizers:
         quantizer.observed = None
     return found
+
+
+def _mean_squares(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> dict[ActivationQuantizer, float]:
+    return {q: float(np.mean([row[0] for row in rows])) for q, rows in observe(net, spec, _batches(images)).items()}
 
 
 def reestimate_ranges(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> None:
@@ -85,7 +92,9 @@ def calibrated(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> QuantNet:
     """A copy of `net` with batch norm and activation ranges re-estimated for `spec`."""
     net.check_spec(spec)
     if len(images) < CALIBRATION_BATCH:
-        raise ModelError(f"{len(images)} calibration images are too few for statistics: give {CALIBRATION_BATCH} or more")
+        raise ModelError(
+            f"{len(images)} calibration images are too few for statistics: give {CALIBRATION_BATCH} or more"
+        )
     net = copy.deepcopy(net)
     widths = {entry.weight_bits for entry in spec.layers if entry.layer not in net.fixed}
     if len(widths) > 1:
@@ -120,11 +129,13 @@ def _layer_tensors(net: QuantNet, step: Step, spec: SubnetSpec, source: Quantize
     factor, bias = _norm_factors(net, step, spec)
     if not (factor > 0).all():
         raise ModelError(f"layer {step.name}: a batch-norm factor is not positive, so its scale would be negative")
-    scale = (quantizer.container_step * factor).astype(np.float32)
+    scale = np.broadcast_to(quantizer.container_step * factor, factor.shape).astype(np.float32)
     unit = (np.float32(source.scale) * scale).astype(np.float64)
     codes = np.rint(bias / unit)
     if not (np.abs(codes) < BIAS_LIMIT).all():
-        raise ModelError(f"layer {step.name}: the bias does not fit int32 at its scale; a channel's weights are all but zero")
+        raise ModelError(
+            f"layer {step.name}: the bias does not fit int32 at its scale; a channel's weights are all but zero"
+        )
     return {
         f"{step.name}.weight": quantizer.codes(layer.weight, spec[step.name].weight_bits),
         f"{step.name}.weight_scale": scale,
@@ -150,7 +161,9 @@ def _limit(quantizer: Quantizer, ceiling: float | None) -> Quantizer:
     return Quantizer(quantizer.scale, quantizer.zero_point, quantizer.lo, hi, clip=True)
 
 
-def _freeze_step(net: QuantNet, step: Step, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], out: _Assembly) -> None:
+def _freeze_step(
+    net: QuantNet, step: Step, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], out: _Assembly
+) -> None:
     place = net.placements[step.name]
     lows = net.reads_low(step)
     inputs = tuple(net.placements[name].low_name if lows else name for name in step.inputs)
@@ -173,7 +186,9 @@ def _freeze_step(net: QuantNet, step: Step, spec: SubnetSpec, shapes: Mapping[st
     _freeze_low(net, step.name, spec, shapes, out)
 
 
-def _freeze_low(net: QuantNet, tensor: str, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], out: _Assembly) -> None:
+def _freeze_low(
+    net: QuantNet, tensor: str, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], out: _Assembly
+) -> None:
     """The second quantizer of a tensor whose 8-bit form other readers need."""
     place = net.placements[tensor]
     if not (place.stream and place.low):
@@ -192,15 +207,22 @@ def _shapes(net: QuantNet, spec: SubnetSpec, image: Tensor) -> dict[str, tuple[i
     return shapes
 
 
-def to_integers(net: QuantNet, spec: SubnetSpec, name: str, golden: np.ndarray) -> FrozenNet:
-    """Freeze a calibrated network; goldens are the integer reference's codes on `golden`, uint8 [n, C, H, W].
+PIXELS = Quantizer(float(np.float32(INPUT_SCALE)), 0)
+
+
+def to_integers(
+    net: QuantNet, spec: SubnetSpec, name: str, golden: np.ndarray, source: Quantizer = PIXELS
+) -> FrozenNet:
+    """Freeze a calibrated network whose input has the quantizer `source`.
+
+    Goldens are the integer reference's codes on the input codes `golden`, uint8 [n, C, H, W].
 
     Raises ModelError when layers were left in float, since a legal model is integer from end to end.
     """
     if net.float_ends:
-        raise ModelError("first_last = \"float\" leaves layers in float: such a network trains and evaluates but cannot be frozen")
+        raise ModelError('first_last = "float" leaves layers in float: such a network trains but cannot be frozen')
     shapes = _shapes(net, spec, torch.zeros(1, *golden.shape[1:]))
-    image = Activation(net.graph.input, golden.shape[1:], Quantizer(float(np.float32(INPUT_SCALE)), 0))
+    image = Activation(net.graph.input, golden.shape[1:], source)
     out = _Assembly([], {net.graph.input: image}, {}, {})
     _freeze_low(net, net.graph.input, spec, shapes, out)
     for step in net.graph.steps:
@@ -209,34 +231,41 @@ def to_integers(net: QuantNet, spec: SubnetSpec, name: str, golden: np.ndarray) 
         name, spec, net.graph.input, net.graph.output, tuple(out.nodes), out.activations, out.weights, out.tensors, {}
     )
     codes = integer.run(frozen, golden)
-    report = {"simulation": simulation_parity(net, spec, frozen, golden)}
-    return FrozenNet(**(vars(frozen) | {"golden": codes, "report": report})).check()
+    report = {"parity": simulation_parity(net, spec, frozen, golden)}
+    return replace(frozen, golden=codes, report=report).check()
 
 
 @torch.no_grad()
 def simulation_parity(net: QuantNet, spec: SubnetSpec, frozen: FrozenNet, images: np.ndarray) -> dict[str, Any]:
-    """Layer by layer, how many codes of the trained simulation differ from the integers, each layer fed the integers.
+    """How many codes of the trained simulation differ from the integers, each layer fed the integers' codes.
 
-    Returns {codes, differing, fraction, largest_step, layers: {name: differing}}: the cost of the int32 bias and of float32 order.
+    Two counts {codes, differing, largest_step}: `simulation`, with the int32 biases put into the simulation (what is
+    left is the order of float32 operations), and `int32_bias`, without (what rounding the biases costs on top).
     """
     codes = integer.run(frozen, images)
     values = {t: torch.from_numpy(integer.dequantize(codes[t], frozen.activations[t].quantizer)) for t in codes}
     net.eval()
-    layers: dict[str, int] = {}
-    total = differing = largest = 0
+    counts = {key: {"codes": 0, "differing": 0, "largest_step": 0} for key in ("simulation", "int32_bias")}
     for step in net.graph.steps:
-        low = net.reads_low(step)
-        inputs = [values[net.placements[name].low_name if low else name] for name in step.inputs]
-        result = net.compute(step, inputs, spec).numpy()
-        expected = integer.quantize(result, frozen.activations[step.name].quantizer)
-        step_size = np.abs(expected.astype(np.int32) - codes[step.name].astype(np.int32))
-        total += step_size.size
-        largest = max(largest, int(step_size.max(initial=0)))
-        if count := int((step_size > 0).sum()):
-            layers[step.name] = count
-            differing += count
-    fraction = differing / max(1, total)
-    return {"codes": total, "differing": differing, "fraction": fraction, "largest_step": largest, "layers": layers}
+        inputs = [net.placements[name].low_name if net.reads_low(step) else name for name in step.inputs]
+        result = net.compute(step, [values[name] for name in inputs], spec, relu=False).numpy()
+        rounded = result + _bias_change(net, step, spec, frozen, inputs[0]) if step.module is not None else result
+        for key, value in (("simulation", rounded), ("int32_bias", result)):
+            quantizer = frozen.activations[step.name].quantizer
+            expected = integer.quantize(np.maximum(value, 0) if step.relu else value, quantizer)
+            distance = np.abs(expected.astype(np.int32) - codes[step.name].astype(np.int32))
+            counts[key]["codes"] += distance.size
+            counts[key]["differing"] += int((distance > 0).sum())
+            counts[key]["largest_step"] = max(counts[key]["largest_step"], int(distance.max(initial=0)))
+    return counts
+
+
+def _bias_change(net: QuantNet, step: Step, spec: SubnetSpec, frozen: FrozenNet, source: str) -> np.ndarray:
+    """Rounded minus trained bias of a layer, float32, broadcastable to its output."""
+    unit = np.float32(frozen.activations[source].quantizer.scale) * frozen.tensors[f"{step.name}.weight_scale"]
+    rounded = frozen.tensors[f"{step.name}.bias"] * unit.astype(np.float64)
+    change = (rounded - _norm_factors(net, step, spec)[1]).astype(np.float32)
+    return change[:, None, None] if step.op == "conv" else change
 
 
 def integer_accuracy(frozen: FrozenNet, data: Dataset) -> float:
@@ -252,4 +281,4 @@ def extract(net: QuantNet, spec: SubnetSpec, name: str, calibration: np.ndarray,
     if test is None:
         return frozen
     report = dict(frozen.report) | {"accuracy": integer_accuracy(frozen, test), "test_images": len(test.labels)}
-    return FrozenNet(**(vars(frozen) | {"report": report}))
+    return replace(frozen, report=report)

@@ -1,9 +1,9 @@
-"""Make a shipped model and its card: accuracy at every width against separately trained LSQ and against no compensation.
+"""Make a shipped model and its card: every width against separately trained LSQ and against no compensation.
 
-    python tools/model_card.py models/NAME.toml [--seeds 3] [--data-dir DIR] [--budget-min N] [--work DIR] [--variants A,B]
+    python tools/model_card.py models/NAME.toml [--seeds 3] [--data-dir DIR] [--budget-min N] [--variants A,B]
 
-The work is cut into cells (variant x seed). A finished cell is one small JSON file in models/NAME/cells/ and is never run
-again; an unfinished one resumes at its last checkpoint. The card prints "not run" for a cell that is missing. The
+The work is cut into cells (variant x seed). A finished cell is one small JSON file in models/NAME/cells/ and is never
+run again; an unfinished one resumes at its last checkpoint. The card prints "not run" for a cell that is missing. The
 checkpoint that ships is the vertical one of the recipe's own seed.
 """
 
@@ -71,14 +71,15 @@ def write_card(path: Path, recipe: Recipe, cells: dict[tuple[str, int], dict[str
     """The model card in markdown."""
     floats = [cells[key]["float"] for key in sorted(cells) if key[0] == "vertical"]
     text = [f"# {recipe.name}", ""]
-    text += [f"`{recipe.network.name}`, width {recipe.network.width}, on {recipe.data.name}; "
-             f"{recipe.float_phase.epochs} float and {recipe.quantized_phase.epochs} quantized epochs. Mean of the seeds, "
-             "then each seed.", ""]  # fmt: skip
+    epochs = f"{recipe.float_phase.epochs} float and {recipe.quantized_phase.epochs} quantized epochs"
+    network = f"`{recipe.network.name}`, width {recipe.network.width}, on {recipe.data.name}"
+    text += [f"{network}; {epochs}. Mean of the seeds, then each seed.", ""]
     text += [MEASURED.format(images="10,000"), ""]
     text += table(recipe, cells, seeds)
     text += ["", f"Float network: {', '.join(f'{v:.2f}' for v in floats) or 'not run'}.", ""]
-    text += [f"Made by `python tools/model_card.py models/{recipe.name}.toml --seeds {seeds}` with torch {torch.__version__}, "
-             f"one thread, on {platform.machine()}. Cells: `models/{recipe.name}/cells/`.", ""]  # fmt: skip
+    command = f"python tools/model_card.py models/{recipe.name}.toml --seeds {seeds}"
+    versions = f"torch {torch.__version__}, one thread, {platform.machine()}"
+    text += [f"Made by `{command}` with {versions}. Cells: `models/{recipe.name}/cells/`.", ""]
     write_atomic(path, "\n".join(text).encode())
 
 
@@ -95,7 +96,9 @@ def read_cells(folder: Path) -> dict[tuple[str, int], dict[str, object]]:
 @click.option("--work", type=click.Path(path_type=Path), default=Path("runs/cards"), show_default=True)
 @click.option("--budget-min", type=float, help="start no further cell after so many minutes")
 @click.option("--variants", "only", help="comma-separated; all by default")
-def main(recipe_path: Path, seeds: int, data_dir: Path | None, work: Path, budget_min: float | None, only: str | None) -> None:
+def main(
+    recipe_path: Path, seeds: int, data_dir: Path | None, work: Path, budget_min: float | None, only: str | None
+) -> None:
     torch.set_num_threads(1)
     start = time.monotonic()
     try:

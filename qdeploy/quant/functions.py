@@ -39,8 +39,8 @@ class QuantizeActivation(Function):
 class QuantizeWeight(Function):
     """Downsampled weight at one width: top codes, floor to `bits`, midpoint added (vertical layering eqs. 5, 6, 8).
 
-    `shift` = N - b and `unit` = 2^(C - b), `offset` = m_b in container units, `fine` = 2^(N - C). Clipping is on the top
-    level's range at every width; the compensation is part of the step's gradient.
+    `shift` = N - b and `unit` = 2^(C - b), `offset` = m_b in container units, `fine` = 2^(N - C). Clipping is on the
+    top level's range at every width; the compensation is part of the step's gradient.
     """
 
     @staticmethod
@@ -69,11 +69,9 @@ class QuantizeWeight(Function):
 
 def quantize_activation(x: Tensor, step: Tensor, zero_point: int, hi: int) -> Tensor:
     """Typed front of QuantizeActivation; same shape as `x`."""
-    return QuantizeActivation.apply(x, step, zero_point, hi)  # type: ignore[no-untyped-call, no-any-return]
+    return QuantizeActivation.apply(x, step, zero_point, hi)
 
 
 def quantize_weight(weight: Tensor, step: Tensor, top: int, shift: int, unit: int, offset: int, fine: float) -> Tensor:
     """Typed front of QuantizeWeight; same shape as `weight`."""
-    return QuantizeWeight.apply(weight, step, top, shift, unit, offset, fine)  # type: ignore[no-untyped-call, no-any-return]
-
-
+    return QuantizeWeight.apply(weight, step, top, shift, unit, offset, fine)

@@ -11,18 +11,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from qdeploy.errors import ModelError
+
+KNOWN_MODULES = (
+    "Conv2d, BatchNorm2d, Linear, ReLU, ReLU6, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d(1), Flatten, Dropout, Identity"
+)
 
 
 @dataclass(frozen=True)
 class Step:
     """One operator of the network with what is folded into it.
 
-    `op` and `attributes` are those of `qdeploy.frozen`; `module` is the conv or linear, `norm` the batch norm behind it.
-    `ceiling` is the upper bound of a Relu6.
+    `op` and `attributes` are those of `qdeploy.frozen`; `module` is the conv or linear, `norm` the batch norm behind
+    it. `ceiling` is the upper bound of a Relu6.
     """
 
     name: str
@@ -66,7 +71,7 @@ def _conv(module: nn.Conv2d) -> dict[str, Any]:
     if isinstance(module.padding, str):
         if module.padding == "valid":
             top = left = bottom = right = 0
-        else:
+        else:  # "same": torch puts the odd pixel at the bottom and right
             total = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
             top, left = total[0] // 2, total[1] // 2
             bottom, right = total[0] - top, total[1] - left
@@ -163,8 +168,7 @@ class _Reader:
         elif isinstance(module, nn.Identity | nn.Dropout):
             self.names[node] = source
         else:
-            raise ModelError(f"{type(module).__name__} is not among Conv2d, BatchNorm2d, Linear, ReLU, ReLU6, MaxPool2d, "
-                             "AdaptiveAvgPool2d(1), Flatten, Dropout, Identity and +")  # fmt: skip
+            raise ModelError(f"{type(module).__name__} is not among {KNOWN_MODULES}")
 
     def function(self, node: fx.Node) -> None:
         target = node.target
@@ -178,7 +182,9 @@ class _Reader:
         elif target is F.relu6:
             self.fold_relu(node, self.tensor(args[0]), 6.0)
         elif target in (F.max_pool2d, torch.max_pool2d):
-            call = dict(zip(("kernel", "stride", "padding", "dilation", "ceil_mode"), args[1:], strict=False))
+            call: dict[str, Any] = dict(
+                zip(("kernel", "stride", "padding", "dilation", "ceil_mode"), args[1:], strict=False)
+            )
             call |= {"kernel" if k == "kernel_size" else k: v for k, v in kwargs.items() if k != "return_indices"}
             attributes = _max_pool(call.pop("kernel"), call.pop("stride", None), call.pop("padding", 0), **call)
             self.add(node, "max_pool", (self.tensor(args[0]),), attributes=attributes)
@@ -234,12 +240,11 @@ class _Reader:
 
 def _pool_as_conv(module: nn.AvgPool2d, channels: int) -> nn.Conv2d:
     """Average pooling as the depthwise convolution that it is; padding counts as zeros, as in torch's default."""
-    if module.ceil_mode or module.divisor_override or (not module.count_include_pad and module.padding not in (0, (0, 0))):
+    uncounted = not module.count_include_pad and module.padding not in (0, (0, 0))
+    if module.ceil_mode or module.divisor_override or uncounted:
         raise ModelError("AvgPool2d with ceil_mode, divisor_override or count_include_pad=False cannot be quantized")
     kernel = _pair(module.kernel_size)
-    conv = nn.Conv2d(
-        channels, channels, tuple(kernel), module.stride, module.padding, groups=channels, bias=False
-    )  # type: ignore[arg-type]
+    conv = nn.Conv2d(channels, channels, tuple(kernel), module.stride, module.padding, groups=channels, bias=False)  # type: ignore[arg-type]
     nn.init.constant_(conv.weight, 1.0 / (kernel[0] * kernel[1]))
     return conv
 
@@ -263,6 +268,19 @@ def _replace_average_pools(network: nn.Module, sample: torch.Tensor) -> None:
         setattr(network.get_submodule(parent), leaf, _pool_as_conv(module, channels[name]))
 
 
+@torch.no_grad()
+def fold_norms(graph: Graph) -> Graph:
+    """The same network with every batch norm folded into its convolution's weight and bias, in place."""
+    steps = []
+    for step in graph.steps:
+        if step.norm is not None and isinstance(step.module, nn.Conv2d):
+            folded = fuse_conv_bn_eval(step.module.eval(), step.norm.eval())
+            step.module.weight.copy_(folded.weight)
+            step.module.bias = folded.bias
+        steps.append(replace(step, norm=None))
+    return Graph(graph.input, tuple(steps))
+
+
 def read_graph(network: nn.Module, sample: torch.Tensor | None = None) -> Graph:
     """Steps of a torch network. `sample` [n, C, H, W] is needed when it holds AvgPool2d, which become convolutions.
 
@@ -275,7 +293,5 @@ def read_graph(network: nn.Module, sample: torch.Tensor | None = None) -> Graph:
     except ModelError:
         raise
     except Exception as e:  # fx raises many kinds for control flow that depends on data
-        raise ModelError(f"the network cannot be traced by torch.fx ({e}): make its forward free of data-dependent flow") from e
+        raise ModelError(f"torch.fx cannot trace the network ({e}): its forward may not depend on values") from e
     return _Reader(traced).read()
-
-

@@ -1,8 +1,8 @@
 """The common integer grid on which every width of a weight tensor stands (vertical layering eqs. 4 to 6).
 
-A raw code w_b of b bits is a prefix of the top code w_N: w_b = w_N >> (N - b). What a model holds is the container code
-c_b = (w_b << (C - b)) + m_b, with m_b the midpoint of the top codes that w_b stands for (positive compensation). In units
-of the top step s_N the weight is c_b * 2^(N - C), at every width with the same scale.
+A raw code w_b of b bits is a prefix of the top code w_N: w_b = w_N >> (N - b). What a model holds is the container
+code c_b = (w_b << (C - b)) + m_b, with m_b the midpoint of the top codes that w_b stands for (positive compensation).
+In units of the top step s_N the weight is c_b * 2^(N - C), at every width with the same scale.
 """
 
 from __future__ import annotations

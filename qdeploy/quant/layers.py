@@ -28,11 +28,12 @@ class ActivationQuantizer(nn.Module):
         self.zero_point = 1 << (bits - 1) if signed else 0
         self.hi = (1 << bits) - 1
         self.step = nn.Parameter(torch.ones(()))
+        self.ready: Tensor
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
-        self.observed: list[float] | None = None  # mean squares of the batches seen, while someone asks for them
+        self.observed: list[tuple[float, float]] | None = None  # (mean square, greatest magnitude) of batches seen
 
     def initialise(self, x: Tensor) -> None:
-        """Set the step from one batch: 2 * mean|x| / sqrt(Q_p) (LSQ) below 8 bits, max|x| / Q_p at 8, which clips nothing."""
+        """Set the step from one batch: 2 * mean|x| / sqrt(Q_p) below 8 bits (LSQ), max|x| / Q_p at 8."""
         magnitude = x.detach().abs()
         positive = self.hi - self.zero_point
         start = magnitude.max() / positive if self.bits == MAX_BITS else 2 * magnitude.mean() / math.sqrt(positive)
@@ -43,7 +44,7 @@ class ActivationQuantizer(nn.Module):
         if not self.ready:
             self.initialise(x)
         if self.observed is not None:
-            self.observed.append(float(x.detach().square().mean()))
+            self.observed.append((float(x.detach().square().mean()), float(x.detach().abs().max())))
         return quantize_activation(x, self.step, self.zero_point, self.hi)
 
     def frozen(self, clip: bool) -> Quantizer:
@@ -56,7 +57,7 @@ class ActivationQuantizer(nn.Module):
 class WeightQuantizer(nn.Module):
     """Weight codes at a top width N with one learned step; every lower width is a truncation (vertical layering).
 
-    With widths = (b,) it is plain LSQ at b bits. The step starts at 2 * mean|w| / sqrt(2^N - 1).
+    With widths = (b,) it is plain LSQ at b bits. The step starts at 2 * mean|w| / sqrt(2^N - 1), one for the tensor.
     """
 
     def __init__(self, weight: Tensor, top: int, compensation: bool = True) -> None:
@@ -64,6 +65,13 @@ class WeightQuantizer(nn.Module):
         self.top, self.compensation = top, compensation
         start = 2 * weight.detach().abs().mean().clamp_min(1e-8) / math.sqrt((1 << top) - 1)
         self.step = nn.Parameter(start.reshape(()).float())
+
+    @torch.no_grad()
+    def per_channel(self, weight: Tensor) -> None:
+        """Give every output channel the step that its greatest weight needs."""
+        greatest = weight.detach().abs().amax(tuple(range(1, weight.ndim)), keepdim=True)
+        fallback = greatest.max().clamp_min(1e-8)
+        self.step = nn.Parameter(torch.where(greatest > 0, greatest, fallback) / ((1 << (self.top - 1)) - 1))
 
     def forward(self, weight: Tensor, bits: int) -> Tensor:
         container = container_bits(self.top)
@@ -82,6 +90,7 @@ class WeightQuantizer(nn.Module):
         return container_codes(self.top_codes(weight), bits, self.top, self.compensation)
 
     @property
-    def container_step(self) -> float:
-        """Real value of one container unit: s_N * 2^(N - C)."""
-        return float(self.step.detach()) * 2.0 ** (self.top - container_bits(self.top))
+    def container_step(self) -> np.ndarray:
+        """Real value of one container unit, s_N * 2^(N - C): float64 scalar, or [O] where the step is per channel."""
+        step = self.step.detach().double().numpy()
+        return (step.reshape(-1) if step.ndim else step) * 2.0 ** (self.top - container_bits(self.top))

@@ -1,9 +1,9 @@
 """QuantNet: a quantized network that mirrors a float one, every width in one module.
 
-Where activations are quantized (docs/adr/0004-where-activations-are-quantized.md): a layer's activation width applies to its
-input tensor. A tensor that only such layers read has one quantizer of that width. Any other tensor (convolution outputs
-before an addition, the residual stream, pooled outputs, the network's output) has 8 bits at every level, and the layers
-that read it at a lower width share a second quantizer behind the first.
+Where activations are quantized (docs/adr/0004-where-activations-are-quantized.md): a layer's activation width applies
+to its input tensor. A tensor that only such layers read has one quantizer of that width. Any other tensor (convolution
+outputs before an addition, the residual stream, pooled outputs, the network's output) has 8 bits at every level, and
+the layers that read it at a lower width share a second quantizer behind the first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qdeploy.errors import ModelError, RecipeError
 from qdeploy.frozen import KEEPS_CODES
-from qdeploy.quant.graph import Graph, Step, read_graph
+from qdeploy.quant.graph import Graph, Step
 from qdeploy.quant.layers import ActivationQuantizer, WeightQuantizer
 from qdeploy.recipe import Quantization
 from qdeploy.space import SubnetSpec
@@ -52,14 +52,14 @@ def _safe(name: str) -> str:
 class QuantNet(nn.Module):
     """Simulates the integer network at any choice of widths; forward takes the choice as an argument.
 
-    `fixed` names the layers that stay at 8 bits (or float) at every level. Batch norm and activation steps are separate
-    for each width (vertical layering, section 4.2.2); weights and weight steps are shared.
+    `graph` is `read_graph(network)`. `fixed` names the layers that stay at 8 bits (or float) at every level. Batch norm
+    and activation steps are separate for each width (vertical layering, section 4.2.2); weights and weight steps are
+    shared.
     """
 
-    def __init__(self, network: nn.Module, name: str, choice: Quantization, sample: Tensor) -> None:
+    def __init__(self, network: nn.Module, graph: Graph, name: str, choice: Quantization) -> None:
         super().__init__()
-        self.network, self.name, self.choice = network, name, choice
-        self.graph = read_graph(network, sample)
+        self.network, self.graph, self.name, self.choice = network, graph, name, choice
         self.steps = {step.name: step for step in self.graph.steps}
         layers = self.graph.layers
         if len(layers) < 2:  # noqa: PLR2004
@@ -130,9 +130,7 @@ class QuantNet(nn.Module):
     def uniform(self, width: int) -> SubnetSpec:
         """The level at which every layer but the first and the last has `width` bits."""
         activations = width if self.choice.activation_bits == "same" else 8
-        bits = {
-            s.name: (8, 8) if s.name in self.fixed else (width, activations) for s in self.graph.layers
-        }
+        bits = {s.name: (8, 8) if s.name in self.fixed else (width, activations) for s in self.graph.layers}
         return SubnetSpec.build(self.name, bits)
 
     def check_spec(self, spec: SubnetSpec) -> None:
@@ -203,8 +201,8 @@ class QuantNet(nn.Module):
             return layer.weight
         return cast(Tensor, self.weight_quantizer(step)(layer.weight, spec[step.name].weight_bits))
 
-    def compute(self, step: Step, inputs: Sequence[Tensor], spec: SubnetSpec) -> Tensor:
-        """Float result of one step, Relu included, before its output's quantizer."""
+    def compute(self, step: Step, inputs: Sequence[Tensor], spec: SubnetSpec, relu: bool = True) -> Tensor:
+        """Float result of one step before its output's quantizer, its Relu included unless `relu` is False."""
         x = inputs[0]
         if step.op == "conv":
             layer = cast(nn.Conv2d, step.module)
@@ -226,7 +224,7 @@ class QuantNet(nn.Module):
             x = F.adaptive_avg_pool2d(x, 1)
         elif step.op == "flatten":
             x = torch.flatten(x, 1)
-        if step.relu:
+        if step.relu and relu:
             x = F.relu(x) if step.ceiling is None else x.clamp(0.0, step.ceiling)
         return x
 
@@ -266,7 +264,7 @@ class QuantNet(nn.Module):
         found: list[nn.Parameter] = []
         for group in (self.norms, self.streams, self.lows):
             for own in group.values():
-                found += list(cast(nn.Module, cast(nn.ModuleDict, own)[str(width)]).parameters())
+                found += list(cast(nn.ModuleDict, own)[str(width)].parameters())
         return found
 
     def shared_parameters(self) -> list[nn.Parameter]:
@@ -278,7 +276,7 @@ class QuantNet(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Keep steps and batch-norm factors positive: a negative factor would be a negative scale (runtimes refuse it)."""
+        """Keep steps and batch-norm factors positive: runtimes refuse negative scales."""
         for group in (self.weights, self.streams, self.lows):
             for name, parameter in group.named_parameters():
                 if name.endswith("step"):
@@ -286,7 +284,6 @@ class QuantNet(nn.Module):
         for module in self.norms.modules():
             if isinstance(module, nn.BatchNorm2d) and module.affine:
                 module.weight.clamp_(min=MIN_NORM_FACTOR)
-
 
 
 def levels(net: QuantNet) -> Mapping[int, SubnetSpec]:

@@ -66,7 +66,9 @@ def load_module(module: nn.Module, tensors: dict[str, Tensor], prefix: str, what
     """Load every tensor under `prefix` into `module`; a checkpoint of another recipe is a ModelError."""
     own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     expected = module.state_dict()
-    wrong = sorted(set(own) ^ set(expected)) + sorted(k for k in set(own) & set(expected) if own[k].shape != expected[k].shape)
+    wrong = sorted(set(own) ^ set(expected)) + sorted(
+        k for k in set(own) & set(expected) if own[k].shape != expected[k].shape
+    )
     if wrong:
         raise ModelError(f"{what} belongs to another recipe: {len(wrong)} tensors differ, the first is {wrong[0]}")
     with torch.no_grad():

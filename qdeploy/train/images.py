@@ -28,7 +28,7 @@ def as_input(images: np.ndarray) -> Tensor:
 def augment(images: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Mirror half of the images and shift each by up to MAX_SHIFT pixels, black outside. uint8 [n, C, H, W]."""
     n, _, height, width = images.shape
-    flip = random.random(n) < 0.5  # noqa: PLR2004
+    flip = np.asarray(random.random(n) < 0.5)  # noqa: PLR2004
     rows, columns = random.integers(0, 2 * MAX_SHIFT + 1, (2, n))
     images = np.where(flip[:, None, None, None], images[..., ::-1], images)
     padded = np.pad(images, ((0, 0), (0, 0), (MAX_SHIFT, MAX_SHIFT), (MAX_SHIFT, MAX_SHIFT)))
@@ -36,7 +36,9 @@ def augment(images: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return np.ascontiguousarray(windows[np.arange(n), :, rows, columns])
 
 
-def batches(data: Dataset, batch: int, seed: int, epoch: int, first: int, flip_shift: bool) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    data: Dataset, batch: int, seed: int, epoch: int, first: int, flip_shift: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled full batches of one epoch from step `first` on; the incomplete last batch is left out."""
     order = generator(seed, "order", epoch).permutation(len(data.labels))
     for step in range(first, len(order) // batch):

@@ -27,8 +27,11 @@ class Phase(Protocol):
     """What a method gives the loop: a module, its optimizer groups, and one step's forward and backward."""
 
     name: str
-    module: nn.Module
     schedule: Schedule
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained, and saved in checkpoints."""
 
     def groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; each holds `params`, `weight_decay` and `rate` (a multiple of the learning rate)."""
@@ -55,8 +58,9 @@ class Progress:
         self.last = now
         left = (now - self.start) / max(1, done - self.first) * (self.total - done)
         text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        epoch = min(done // per_epoch + 1, self.total // per_epoch)
-        self.echo(f"{self.phase}: epoch {epoch}/{self.total // per_epoch}, step {done}/{self.total}, loss {text}, {left:.0f} s left")
+        epochs = self.total // per_epoch
+        where = f"epoch {min(done // per_epoch + 1, epochs)}/{epochs}, step {done}/{self.total}"
+        self.echo(f"{self.phase}: {where}, loss {text}, {left:.0f} s left")
 
 
 def make_optimizer(phase: Phase) -> SGD:

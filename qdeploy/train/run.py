@@ -18,6 +18,7 @@ from qdeploy.data import Dataset, load
 from qdeploy.errors import ModelError
 from qdeploy.files import canonical_json, parse_json, read_bytes, write_atomic
 from qdeploy.nets import build
+from qdeploy.quant.graph import read_graph
 from qdeploy.quant.network import QuantNet, levels
 from qdeploy.recipe import Recipe, from_dict
 from qdeploy.space import SubnetSpec
@@ -50,7 +51,8 @@ def new_network(recipe: Recipe, channels: int, classes: int) -> nn.Module:
 
 def new_quantized(recipe: Recipe, network: nn.Module, image_shape: tuple[int, ...]) -> QuantNet:
     """QuantNet over a float backbone."""
-    return QuantNet(network, recipe.network.name, recipe.quantization, torch.zeros(1, *image_shape))
+    graph = read_graph(network, torch.zeros(1, *image_shape))
+    return QuantNet(network, graph, recipe.network.name, recipe.quantization)
 
 
 @torch.no_grad()
@@ -84,7 +86,9 @@ def write_recipe(run: Path, recipe: Recipe) -> None:
     write_atomic(path, content)
 
 
-def train(recipe: Recipe, run: Path, data_dir: Path | None, echo: Echo, float_from: Path | None = None) -> dict[str, Any]:
+def train(
+    recipe: Recipe, run: Path, data_dir: Path | None, echo: Echo, float_from: Path | None = None
+) -> dict[str, Any]:
     """Train to the end and return the report {float, levels: {width: per cent}}.
 
     `float_from` is the `float.checkpoint` of another run with the same network, data and seed: the float phase is then
@@ -115,10 +119,14 @@ def load_run(run: Path) -> tuple[Recipe, QuantNet]:
     run = Path(run)
     if not run.is_dir():
         raise ModelError(f"{run} is not a run folder: make one with `qdeploy train`")
-    recipe = from_dict(parse_json(read_bytes(run / "recipe.json", "the run's recipe", ModelError), "recipe.json", ModelError))
+    recipe = from_dict(
+        parse_json(read_bytes(run / "recipe.json", "the run's recipe", ModelError), "recipe.json", ModelError)
+    )
     state, tensors = load_checkpoint(run / "quantized.checkpoint")
     if state.get("done") != state.get("total"):
-        raise ModelError(f"{run} stopped at step {state.get('done')} of {state.get('total')}: run `qdeploy train` on it again")
+        raise ModelError(
+            f"{run} stopped at step {state.get('done')} of {state.get('total')}: run `qdeploy train` on it again"
+        )
     if json.loads(canonical_json(state["recipe"])) != recipe.to_json():
         raise ModelError(f"the checkpoint in {run} belongs to another recipe than its recipe.json")
     shape, classes = tuple(state["images"]["shape"]), int(state["images"]["classes"])

@@ -1,9 +1,9 @@
 """Vertical layering: all widths of one network trained together (sections 4.1 to 4.2).
 
-Every step runs every width on the same batch. Weights and weight steps are shared; batch norm and activation steps belong
-to one width. Each width learns from the labels and from the next higher width's softmax (eq. 11, cosine similarity). The
-gradients on shared parameters are averaged (unitary scalarization) or combined by multiple-gradient descent (eq. 10).
-With one width this is LSQ.
+Every step runs every width on the same batch. Weights and weight steps are shared; batch norm and activation steps
+belong to one width. Each width learns from the labels and from the next higher width's softmax (eq. 11, cosine
+similarity). The gradients on shared parameters are averaged (unitary scalarization) or combined by multiple-gradient
+descent (eq. 10). With one width this is LSQ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FRANK_WOLFE_STEPS = 50
 
 
 def distillation(student: Tensor, teacher: Tensor) -> Tensor:
-    """1 - cosine similarity of the softmax outputs, mean over the batch; the teacher gets no gradient. Both [n, classes]."""
+    """1 - cosine similarity of the softmax outputs [n, classes], mean over the batch; no gradient to the teacher."""
     similarity = F.cosine_similarity(student.softmax(1), teacher.detach().softmax(1), dim=1)
     return 1.0 - similarity.mean()
 
@@ -95,5 +95,7 @@ def combine(shared: list[nn.Parameter], gradients: list[list[Tensor | None]]) ->
     stacked = torch.stack(flat).double()
     alpha = min_norm_weights(stacked @ stacked.T)
     for i, parameter in enumerate(shared):
-        parts = [weight * task[i] for weight, task in zip(alpha.tolist(), gradients, strict=True) if task[i] is not None]
+        parts = [
+            weight * task[i] for weight, task in zip(alpha.tolist(), gradients, strict=True) if task[i] is not None
+        ]
         parameter.grad = len(gradients) * sum(parts[1:], parts[0]) if parts else None

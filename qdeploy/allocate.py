@@ -1,0 +1,121 @@
+"""Mixed-precision levels under a byte budget: eq. 12 of vertical layering, with bytes as they are really sent.
+
+Chooses for every layer how many planes to take so that the summed squared error of the truncated weights against the
+top ones is least, `sum ||(w_i + z_i) s_i - (w_n + z_n) s_n||^2` in dequantized units, within a budget of coded planes
+plus the level's small tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from torch import nn
+
+from qdeploy.bundle.planes import split
+from qdeploy.errors import RecipeError
+from qdeploy.quant.grid import container_codes
+from qdeploy.quant.graph import Step
+from qdeploy.quant.network import QuantNet
+from qdeploy.space import SubnetSpec
+
+SIDE_BYTES_PER_CHANNEL = 12  # weight scale, bias scale, bias
+SIDE_BYTES_PER_TENSOR = 7  # scale, zero point, two Clip bounds
+GRAIN = 20_000  # bytes are rounded up to budget / GRAIN, which bounds the number of states
+
+
+@dataclass(frozen=True)
+class Option:
+    """One layer at one width: coded bytes of its planes, squared error against the top width."""
+
+    bits: int
+    bytes: int
+    error: float
+
+
+def layer_options(net: QuantNet, step: Step) -> list[Option]:
+    """What each trained width of a layer costs; one option for a fixed layer."""
+    layer = cast("nn.Conv2d | nn.Linear", step.module)
+    quantizer = net.weight_quantizer(step)
+    top = quantizer.top
+    codes = quantizer.top_codes(layer.weight)
+    widths = [8] if step.name in net.fixed else list(net.choice.widths)
+    parts = [widths[0], *(high - low for low, high in zip(widths, widths[1:], strict=False))]
+    if sum(parts) < top:
+        raise RecipeError(f"layer {step.name}: widths {widths} do not reach its top width {top}")
+    outputs = codes.shape[0]
+    coded = split((codes + (1 << (top - 1))).astype(np.uint8).reshape(outputs, -1), top, parts)
+    sizes = np.cumsum([len(part.data) for part in coded])
+    reference = container_codes(codes, top, top, quantizer.compensation).astype(np.float64)
+    options = []
+    for width, size in zip(widths, sizes, strict=True):
+        found = container_codes(codes, width, top, quantizer.compensation) - reference
+        error = float((found**2).sum() * float(np.max(quantizer.container_step)) ** 2)
+        options.append(Option(width, int(size), error))
+    return options
+
+
+def side_bytes(net: QuantNet) -> int:
+    """Bytes of a level's small tensors before coding: an upper bound that is the same for every level."""
+    channels = sum(cast("nn.Conv2d | nn.Linear", step.module).weight.shape[0] for step in net.graph.layers)
+    tensors = sum(place.stream + place.low for place in net.placements.values())
+    return channels * SIDE_BYTES_PER_CHANNEL + tensors * SIDE_BYTES_PER_TENSOR
+
+
+def cheapest(options: Mapping[str, list[Option]], budget: int) -> dict[str, int]:
+    """Width of every layer with the least summed error within `budget` bytes (exact up to rounding bytes up).
+
+    Raises RecipeError that names the least reachable budget when none fits.
+    """
+    least = sum(min(option.bytes for option in row) for row in options.values())
+    if least > budget:
+        raise RecipeError(f"a budget of {budget} bytes cannot hold the lowest widths: they need {least} bytes")
+    grain = max(1, budget // GRAIN)
+    states: list[tuple[int, float, tuple[int, ...]]] = [(0, 0.0, ())]
+    remaining = least
+    for row in options.values():
+        remaining -= min(option.bytes for option in row)
+        grown = sorted(
+            (used + -(-option.bytes // grain) * grain, error + option.error, (*chosen, option.bits))
+            for used, error, chosen in states
+            for option in row
+        )
+        states, best = [], float("inf")
+        for state in grown:
+            if state[1] < best and (state[0] + remaining <= budget or not states):
+                states.append(state)
+                best = state[1]
+    fitting = [state for state in states if state[0] <= budget] or states[:1]
+    return dict(zip(options, min(fitting, key=lambda state: state[1])[2], strict=True))
+
+
+def allocate(net: QuantNet, budget: int, nested_with: SubnetSpec | None = None) -> SubnetSpec:
+    """The spec that eq. 12 chooses within `budget` bytes of coded planes and small tensors.
+
+    `nested_with` is a level that the new one must extend: no layer goes below its width there. Raises RecipeError for a
+    budget that is too small.
+    """
+    if nested_with is not None:
+        net.check_spec(nested_with)
+    options = {}
+    for step in net.graph.layers:
+        floor = 0 if nested_with is None else nested_with[step.name].weight_bits
+        options[step.name] = [option for option in layer_options(net, step) if option.bits >= floor]
+    side = side_bytes(net)
+    least = side + sum(row[0].bytes for row in options.values())
+    if least > budget:
+        raise RecipeError(
+            f"a budget of {budget} bytes is too small: the lowest widths need {least} ({side} of them small tensors)"
+        )
+    return complete(net, cheapest(options, budget - side))
+
+
+def complete(net: QuantNet, weight_bits: Mapping[str, int]) -> SubnetSpec:
+    """A spec from weight widths: layers that read one tensor get the greatest width among them as activation width."""
+    activations = {}
+    for step in net.graph.layers:
+        readers = [s.name for s in net.graph.consumers(step.inputs[0]) if net.reads_low(s)]
+        activations[step.name] = max(weight_bits[name] for name in readers) if net.reads_low(step) else 8
+    return SubnetSpec.build(net.name, {name: (bits, activations[name]) for name, bits in weight_bits.items()})

@@ -1,0 +1,285 @@
+"""The command line: one command a stage. Each parses, makes one call and prints; heavy imports stand inside."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qdeploy import __version__
+from qdeploy.errors import QDeployError
+
+PATH = click.Path(path_type=Path)
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class Group(click.Group):
+    """Prints our errors as one line and exits with 2; Ctrl-C exits with 130; anything else is a bug and shows itself."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except QDeployError as e:
+            click.echo(f"qdeploy: {' '.join(str(e).split())}", err=True)
+            ctx.exit(EXIT_BAD_INPUT)
+        except KeyboardInterrupt:
+            click.echo("qdeploy: interrupted; the same command goes on from here where it can resume", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+def option_out(text: str) -> Callable[[Any], Any]:
+    """-o, where every command writes."""
+    return click.option("-o", "--out", type=PATH, required=True, help=text)
+
+
+force = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+data_dir = click.option("--data-dir", type=PATH, help="Folder with the dataset's files.")
+
+
+def say(text: str) -> None:
+    """Progress goes to standard error, results to standard output."""
+    click.echo(text, err=True)
+
+
+@click.group(cls=Group)
+@click.version_option(__version__, prog_name="qdeploy")
+def main() -> None:
+    """Take a trained, elastic, mixed-precision network to edge devices.
+
+    \b
+    train -> subnet -> export -> bundle -> serve      on the host
+                           compile -> profile         per target
+    pull -> run -> climb / drop                       on the device
+
+    Exit codes: 0 done, 2 bad input (one line says what to do), 130 interrupted.
+    """
+
+
+@main.command()
+@click.argument("recipe", type=PATH)
+@option_out("Run folder; an unfinished run in it is resumed.")
+@data_dir
+@click.option("--threads", default=1, show_default=True, help="torch threads; one is bitwise repeatable.")
+def train(recipe: Path, out: Path, data_dir: Path | None, threads: int) -> None:
+    """Train the network of RECIPE (models/NAME.toml): float phase, then all widths together.
+
+    Ctrl-C, or a killed process, loses at most 20 seconds: the same command resumes.
+    """
+    import torch
+
+    from qdeploy.recipe import load_recipe
+    from qdeploy.train.run import train as run
+
+    torch.set_num_threads(max(1, threads))
+    report = run(load_recipe(recipe), out, data_dir, say)
+    click.echo(json.dumps(report))
+
+
+@main.command()
+@click.argument("run", type=PATH)
+@click.option("--bits", type=int, help="A uniform level: this width in every layer but the first and the last.")
+@click.option("--budget-kib", type=float, help="A mixed level: least error within so many KiB of planes and side tensors.")
+@click.option("--spec", type=PATH, help="A level from a subnet spec file (JSON).")
+@click.option("--nested-with", type=PATH, help="Spec file or subnet folder that a --budget-kib level must extend.")
+@data_dir
+@option_out("Subnet folder (FrozenNet).")
+@force
+def subnet(  # noqa: PLR0913, PLR0917
+    run: Path,
+    bits: int | None,
+    budget_kib: float | None,
+    spec: Path | None,
+    nested_with: Path | None,
+    data_dir: Path | None,
+    out: Path,
+    force: bool,
+) -> None:
+    """Freeze one choice of widths of a trained RUN: calibrate, fold, round to integers, evaluate."""
+    from qdeploy.frozen import save_frozen
+    from qdeploy.stages import choose_spec, extract_subnet
+
+    chosen = choose_spec(run, bits, budget_kib, spec, nested_with)
+    frozen = extract_subnet(run, chosen, data_dir)
+    save_frozen(frozen, out, force)
+    parity = frozen.report["parity"]
+    click.echo(f"{out}: spec {frozen.spec.id}, {frozen.report['accuracy']:.2f}% of {frozen.report['test_images']} test images")
+    click.echo(
+        f"integers against the trained simulation: {parity['simulation']['differing']} of {parity['simulation']['codes']} "
+        f"codes differ (largest step {parity['simulation']['largest_step']}); rounding the biases to int32 changed "
+        f"{parity['int32_bias']['differing']}"
+    )
+
+
+@main.command()
+@click.argument("subnet_dir", type=PATH)
+@option_out("ONNX file; a sidecar FILE.json is written beside it.")
+@force
+def export(subnet_dir: Path, out: Path, force: bool) -> None:
+    """Write a subnet folder as QDQ ONNX, checked against the contract and against ONNX Runtime code by code."""
+    from qdeploy.export import export_onnx
+    from qdeploy.frozen import load_frozen
+
+    sidecar = export_onnx(load_frozen(subnet_dir), out, force, say)
+    click.echo(f"{out}: graph {sidecar['graph'][:12]}, spec {sidecar['spec_id']}")
+
+
+@main.command()
+@click.argument("levels", type=PATH, nargs=-1, required=True)
+@click.option("--artifact", "artifacts", type=PATH, multiple=True, help="Compiled artifact folder to ship (repeatable).")
+@click.option("--release", default=1, show_default=True, help="Release number; devices refuse to go back.")
+@option_out("Published tree.")
+@force
+def bundle(levels: tuple[Path, ...], artifacts: tuple[Path, ...], release: int, out: Path, force: bool) -> None:
+    """Put QDQ ONNX LEVELS of one graph, whose weight codes nest, into one bundle of bit planes.
+
+    A level is named after its file. The bundle is the tree that `qdeploy serve`, or any static web server, publishes.
+    """
+    from qdeploy.bundle.write import write_bundle
+    from qdeploy.inspect import describe, render
+    from qdeploy.ladder import read_ladder
+
+    write_bundle(read_ladder(levels, say), artifacts, out, force, release, say)
+    click.echo(render(describe(out)))
+
+
+@main.command()
+@click.argument("path", type=PATH)
+@as_json
+def inspect(path: Path, as_json: bool) -> None:
+    """Print what PATH is: a bundle, an ONNX model, a subnet, an artifact, a spec, a run."""
+    from qdeploy.inspect import describe, render
+
+    found = describe(path)
+    click.echo(json.dumps(found) if as_json else render(found))
+
+
+@main.command(name="compile")
+@click.argument("model", type=PATH)
+@click.option("--target", type=PATH, required=True, help="targets/NAME.toml")
+@option_out("Artifact folder.")
+@click.option("--dump", type=PATH, help="Write each phase of the pipeline here.")
+@force
+def compile_(model: Path, target: Path, out: Path, dump: Path | None, force: bool) -> None:
+    """Compile a QDQ ONNX MODEL through TVM to integer kernels; one artifact runs every level of its ladder."""
+    from qdeploy.compile.pipeline import compile_model
+    from qdeploy.target import load_target
+
+    info = compile_model(model, load_target(target), out, force, dump, say)
+    click.echo(f"{out}: {info['target']['name']}, {len(info['kernels'])} kernels, arena {info['arena_bytes']} bytes")
+
+
+@main.command()
+@click.argument("artifact", type=PATH)
+@click.option("--model", type=PATH, required=True, help="The QDQ ONNX level to run in it and in ONNX Runtime.")
+@click.option("--repeats", default=30, show_default=True, help="Interleaved rounds.")
+@as_json
+def profile(artifact: Path, model: Path, repeats: int, as_json: bool) -> None:
+    """Latency of ARTIFACT and of ONNX Runtime side by side, BitOPs, weight bytes, planned peak memory."""
+    from qdeploy.profile.report import profile as measure
+    from qdeploy.profile.report import render
+
+    found = measure(artifact, model, repeats)
+    click.echo(json.dumps(found) if as_json else render(found))
+
+
+@main.command()
+@click.argument("root", type=PATH)
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", default=8000, show_default=True, help="0 picks a free one.")
+@click.option("--log", type=PATH, help="Append one JSON line a request: path, range, status, bytes sent.")
+def serve(root: Path, host: str, port: int, log: Path | None) -> None:
+    """Serve the published tree ROOT over HTTP until Ctrl-C."""
+    from qdeploy.serve.app import serve as run
+
+    run(root, host, port, log, click.echo)
+
+
+@main.command()
+@click.argument("url")
+@option_out("Device folder; an interrupted pull in it resumes.")
+@click.option("--level", help="Level to bring the device to (default: the one in force, else the lowest).")
+@click.option("--target", help="Hardware class of the compiled artifact (default: the one that suits this machine).")
+def pull(url: str, out: Path, level: str | None, target: str | None) -> None:
+    """Fetch a level of the release at URL, verify it, put it in force."""
+    from qdeploy.client.pull import pull as run
+
+    click.echo("\n".join(run(url, out, level, target, say).lines()))
+
+
+@main.command()
+@click.argument("folder", type=PATH)
+@click.option("--to", required=True, help="Level to climb to.")
+def climb(folder: Path, to: str) -> None:
+    """Fetch the planes that a higher level lacks and put it in force."""
+    from qdeploy.client.pull import climb as run
+
+    click.echo("\n".join(run(folder, to, say).lines()))
+
+
+@main.command()
+@click.argument("folder", type=PATH)
+@click.option("--to", required=True, help="Level to drop to.")
+def drop(folder: Path, to: str) -> None:
+    """Go down to a level that is held: no bytes, no network."""
+    from qdeploy.client.pull import drop as run
+
+    click.echo("\n".join(run(folder, to).lines()))
+
+
+@main.command()
+@click.argument("folder", type=PATH)
+@click.option("--images", type=PATH, required=True, help=".npy, IDX (.gz too), PGM or PPM.")
+@click.option("--runtime", type=click.Choice(["tvm", "ort"]), default="tvm", show_default=True)
+@click.option("-o", "--out", type=PATH, help="Write the outputs as .npy instead of printing classes.")
+@as_json
+def run(folder: Path, images: Path, runtime: str, out: Path | None, as_json: bool) -> None:
+    """Run the level in force on images and print each one's class."""
+    from qdeploy.client.run import run as classify
+
+    outputs = classify(folder, images, runtime)
+    if out is not None:
+        import io
+
+        import numpy as np
+
+        from qdeploy.files import write_atomic
+
+        buffer = io.BytesIO()
+        np.save(buffer, outputs)
+        write_atomic(out, buffer.getvalue())
+        click.echo(f"{out}: float32 {list(outputs.shape)}")
+        return
+    classes = outputs.argmax(1).tolist()
+    click.echo(json.dumps(classes) if as_json else "\n".join(str(c) for c in classes))
+
+
+@main.command()
+@option_out("Folder for the four IDX files.")
+def fetch_data(out: Path) -> None:
+    """Fetch the full Fashion-MNIST from its public home; every file is checked against its pinned SHA-256."""
+    from qdeploy.data import fetch_fashion_mnist
+
+    fetch_fashion_mnist(out)
+    click.echo(f"{out}: Fashion-MNIST, verified")
+
+
+@main.command()
+@click.option("-o", "--out", type=PATH, default=Path("demo-out"), show_default=True, help="Output folder, replaced.")
+@as_json
+def demo(out: Path, as_json: bool) -> None:
+    """The whole pipe on the shipped model: subnets, export, bundle, compile, profile, serve, climb under inference."""
+    from qdeploy.demo import demo as run
+    from qdeploy.demo import render
+
+    result = run(out, say)
+    click.echo(json.dumps(result) if as_json else render(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

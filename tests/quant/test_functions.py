@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+import torch
+
+from qdeploy.quant.functions import quantize_activation, quantize_weight
+from qdeploy.quant.grid import container_bits, container_codes, midpoint
+from qdeploy.quant.layers import ActivationQuantizer, WeightQuantizer
+
+
+@pytest.mark.parametrize(("top", "bits"), [(4, 2), (4, 3), (4, 4), (2, 2), (6, 3), (7, 4), (8, 2), (8, 8)])
+def test_weight_forward_is_the_container_code_times_its_step(top: int, bits: int) -> None:
+    weight = torch.randn(16, 3, 3, 3) * 0.3
+    quantizer = WeightQuantizer(weight, top)
+    expected = quantizer.codes(weight, bits) * float(quantizer.container_step)
+    np.testing.assert_allclose(quantizer(weight, bits).detach().numpy(), expected, rtol=1e-6)
+    half = 1 << (top - 1)
+    raw = np.clip(np.rint(weight.numpy() / float(quantizer.step.detach())), -half, half - 1).astype(np.int64)
+    np.testing.assert_array_equal(quantizer.codes(weight, bits), container_codes(raw, bits, top))
+
+
+def test_step_gradient_is_lsqs() -> None:
+    """Inside the range the code minus w/s, outside the code; times 1 / sqrt(n * Q_p)."""
+    weight = torch.tensor([0.12, -0.31, 5.0, -5.0], requires_grad=True)
+    step = torch.tensor(0.1, requires_grad=True)
+    quantize_weight(weight, step, 4, 0, 1 << (container_bits(4) - 4), 0, 2.0 ** (4 - 7)).sum().backward()
+    expected = (1 - 1.2) + (-3 + 3.1) + 7 - 8
+    assert step.grad is not None and weight.grad is not None
+    assert float(step.grad) == pytest.approx(expected / np.sqrt(4 * 7), rel=1e-4)
+    assert weight.grad.tolist() == [1, 1, 0, 0]  # the straight-through estimator stops where it clips
+
+
+def test_compensation_is_part_of_the_step_gradient() -> None:
+    weight = torch.tensor([0.0], requires_grad=True)
+    gradients = []
+    for offset in (0, midpoint(2, 4)):
+        step = torch.tensor(0.1, requires_grad=True)
+        quantize_weight(weight, step, 4, 2, 1 << 5, offset, 2.0**-3).sum().backward()
+        assert step.grad is not None
+        gradients.append(float(step.grad))
+    assert gradients[1] - gradients[0] == pytest.approx(1.5 / np.sqrt(7))  # (2^2 - 1) / 2 top units
+
+
+def test_activation_gradients() -> None:
+    x = torch.tensor([-1.0, 0.26, 0.9], requires_grad=True)
+    step = torch.tensor(0.1, requires_grad=True)
+    out = quantize_activation(x, step, 0, 3)
+    assert torch.allclose(out, torch.tensor([0.0, 0.3, 0.3]))
+    out.sum().backward()
+    assert x.grad is not None and step.grad is not None
+    assert x.grad.tolist() == [0, 1, 0]
+    assert float(step.grad) == pytest.approx((0 + (3 - 2.6) + 3) / np.sqrt(3 * 3), rel=1e-4)
+
+
+def test_rounding_is_half_to_even() -> None:
+    out = quantize_activation(torch.tensor([0.5, 1.5, 2.5]), torch.tensor(1.0), 0, 255)
+    assert out.tolist() == [0, 2, 2]
+
+
+def test_signed_codes_have_their_zero_point_in_the_middle() -> None:
+    quantizer = ActivationQuantizer(8, signed=True)
+    quantizer(torch.linspace(-2, 2, 101))
+    frozen = quantizer.frozen(clip=False)
+    assert (frozen.zero_point, frozen.hi) == (128, 255)
+    assert frozen.scale == pytest.approx(2 / 127)

@@ -1,0 +1,22 @@
+"""A training small enough for tests: real images, two layers, seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qdeploy.recipe import Recipe, from_dict
+
+
+def tiny_recipe(images: int = 512, epochs: int = 2, **quantization: Any) -> Recipe:
+    """`tiny` on the shipped Fashion-MNIST sample."""
+    phase = {"epochs": epochs, "weight_decay": 1e-4, "batch": 64}
+    return from_dict(
+        {
+            "name": "tiny",
+            "network": {"name": "tiny", "width": 8},
+            "data": {"name": "fashion-mnist", "split": "sample", "train_images": images},
+            "quantization": {"widths": [2, 3, 4]} | quantization,
+            "float_phase": phase | {"learning_rate": 0.1},
+            "quantized_phase": phase | {"learning_rate": 0.05},
+        }
+    )
