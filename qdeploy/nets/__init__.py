@@ -1,1 +1,50 @@
-"""Plain float torch backbones; nothing here knows about quantization."""
+"""Plain float torch backbones; nothing here knows about quantization.
+
+Every network is symbolically traceable by torch.fx and made only of Conv2d, BatchNorm2d, ReLU or ReLU6 (one module a
+use), `x + y`, MaxPool2d, AdaptiveAvgPool2d(1), Flatten and Linear, so that a walk over its graph meets nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from qdeploy.errors import RecipeError
+from qdeploy.nets.mobilenetv2 import mobilenetv2, mobilenetv2_imagenet
+from qdeploy.nets.resnet import resnet8, resnet14, resnet18, resnet18_imagenet, resnet20
+from qdeploy.nets.tiny import tiny
+
+# name -> (its builder, its width when none is asked for). The builders take (channels, classes, width, stem_stride).
+NETWORKS: dict[str, tuple[Callable[[int, int, int, int], nn.Module], int]] = {
+    "mobilenetv2": (mobilenetv2, 16),
+    "mobilenetv2-imagenet": (mobilenetv2_imagenet, 32),
+    "resnet14": (resnet14, 16),
+    "resnet18": (resnet18, 64),
+    "resnet18-imagenet": (resnet18_imagenet, 64),
+    "resnet20": (resnet20, 16),
+    "resnet8": (resnet8, 16),
+    "tiny": (tiny, 8),
+}
+
+
+def build(name: str, channels: int, classes: int, width: int | None = None, stem_stride: int = 1) -> nn.Module:
+    """A freshly initialised network: float32 [n, channels, H, W] -> logits [n, classes], any H and W that survive it.
+
+    `width` is the number of channels behind the stem (default: the network's own); every other layer grows with it.
+    `stem_stride` is the stride of the first convolution, for the networks whose stem is 3x3; the `-imagenet` forms
+    bring their own stem and take no other. Initial weights come from torch's global random state.
+
+    Raises RecipeError for an unknown name or a number that makes no network.
+    """
+    if name not in NETWORKS:
+        raise RecipeError(f"unknown network {name!r}: choose one of {', '.join(sorted(NETWORKS))}")
+    builder, default = NETWORKS[name]
+    width = default if width is None else width
+    numbers = {"channels": channels, "classes": classes, "width": width, "stem_stride": stem_stride}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise RecipeError(f"{key} of network {name} is {value!r}: give a whole number from 1 up")
+    if name.endswith("-imagenet") and stem_stride != 1:
+        raise RecipeError(f"network {name} has a fixed stem: leave stem_stride out, or use {name[:-9]}")
+    return builder(channels, classes, width, stem_stride)

@@ -1,0 +1,52 @@
+"""What all tests share: one thread, and small batches of real images."""
+
+from __future__ import annotations
+
+import os
+
+# before any test imports numpy, torch or a runtime: on a busy machine more threads are slower, and sums would vary
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from qdeploy.data import Dataset, load
+
+settings.register_profile(
+    "qdeploy", deadline=None, print_blob=True
+)  # deadlines are wall clock: false alarms under load
+settings.load_profile("qdeploy")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """torch reads OMP_NUM_THREADS only at its own start; say it again."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def fashion_test() -> Dataset:
+    """The shipped test set: 10,000 images. Shared: do not write into it."""
+    return load("fashion-mnist", "test")
+
+
+@pytest.fixture(scope="session")
+def fashion_sample() -> Dataset:
+    """The shipped part of the training set: 5,000 images. Shared: do not write into it."""
+    return load("fashion-mnist", "sample")
+
+
+@pytest.fixture
+def images(fashion_test: Dataset) -> np.ndarray:
+    """64 real images, uint8 [64, 1, 28, 28]."""
+    return fashion_test.images[:64].copy()
+
+
+@pytest.fixture
+def labels(fashion_test: Dataset) -> np.ndarray:
+    """Their labels, int64 [64]."""
+    return fashion_test.labels[:64].copy()
