@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 from torch import nn
 
-from qdeploy.bundle.planes import split
+from qdeploy.bundle.planes import gather, split
 from qdeploy.errors import RecipeError
 from qdeploy.quant.grid import container_codes
 from qdeploy.quant.graph import Step
@@ -47,7 +47,7 @@ def layer_options(net: QuantNet, step: Step) -> list[Option]:
         raise RecipeError(f"layer {step.name}: widths {widths} do not reach its top width {top}")
     outputs = codes.shape[0]
     coded = split((codes + (1 << (top - 1))).astype(np.uint8).reshape(outputs, -1), top, parts)
-    sizes = np.cumsum([len(part.data) for part in coded])
+    sizes = np.cumsum([sum(len(piece.data) for piece in gather([part])) for part in coded])
     reference = container_codes(codes, top, top, quantizer.compensation).astype(np.float64)
     options = []
     for width, size in zip(widths, sizes, strict=True):
@@ -62,6 +62,15 @@ def side_bytes(net: QuantNet) -> int:
     channels = sum(cast("nn.Conv2d | nn.Linear", step.module).weight.shape[0] for step in net.graph.layers)
     tensors = sum(place.stream + place.low for place in net.placements.values())
     return channels * SIDE_BYTES_PER_CHANNEL + tensors * SIDE_BYTES_PER_TENSOR
+
+
+def level_bytes(net: QuantNet, spec: SubnetSpec) -> int:
+    """What a budget counts for `spec`: coded planes of every layer plus the level's small tensors."""
+    chosen = [
+        next(option.bytes for option in layer_options(net, step) if option.bits == spec[step.name].weight_bits)
+        for step in net.graph.layers
+    ]
+    return side_bytes(net) + sum(chosen)
 
 
 def cheapest(options: Mapping[str, list[Option]], budget: int) -> dict[str, int]:

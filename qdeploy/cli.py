@@ -101,19 +101,19 @@ def subnet(  # noqa: PLR0913, PLR0917
     force: bool,
 ) -> None:
     """Freeze one choice of widths of a trained RUN: calibrate, fold, round to integers, evaluate."""
+    from qdeploy.extract import choose_spec, extract_subnet
     from qdeploy.frozen import save_frozen
-    from qdeploy.stages import choose_spec, extract_subnet
+    from qdeploy.train.run import load_run
 
-    chosen = choose_spec(run, bits, budget_kib, spec, nested_with)
-    frozen = extract_subnet(run, chosen, data_dir)
+    recipe, net = load_run(run)
+    chosen = choose_spec(net, bits, budget_kib, spec, nested_with)
+    frozen = extract_subnet(recipe, net, chosen, data_dir)
     save_frozen(frozen, out, force)
-    parity = frozen.report["parity"]
-    click.echo(f"{out}: spec {frozen.spec.id}, {frozen.report['accuracy']:.2f}% of {frozen.report['test_images']} test images")
-    click.echo(
-        f"integers against the trained simulation: {parity['simulation']['differing']} of {parity['simulation']['codes']} "
-        f"codes differ (largest step {parity['simulation']['largest_step']}); rounding the biases to int32 changed "
-        f"{parity['int32_bias']['differing']}"
-    )
+    report = frozen.report
+    click.echo(f"{out}: spec {chosen.id}, {report['accuracy']:.2f}% of {report['test_images']} test images")
+    exact, bias = report["parity"]["simulation"], report["parity"]["int32_bias"]
+    counts = f"{exact['differing']} of {exact['codes']} codes differ, by {exact['largest_step']} at most"
+    click.echo(f"integers against the simulation: {counts}; rounding the biases to int32 moved {bias['differing']} codes")
 
 
 @main.command()
@@ -167,6 +167,9 @@ def inspect(path: Path, as_json: bool) -> None:
 @force
 def compile_(model: Path, target: Path, out: Path, dump: Path | None, force: bool) -> None:
     """Compile a QDQ ONNX MODEL through TVM to integer kernels; one artifact runs every level of its ladder."""
+    from qdeploy.selftest import check_tvm
+
+    check_tvm()
     from qdeploy.compile.pipeline import compile_model
     from qdeploy.target import load_target
 
@@ -240,7 +243,7 @@ def drop(folder: Path, to: str) -> None:
 @as_json
 def run(folder: Path, images: Path, runtime: str, out: Path | None, as_json: bool) -> None:
     """Run the level in force on images and print each one's class."""
-    from qdeploy.client.run import run as classify
+    from qdeploy.client.runtime import run as classify
 
     outputs = classify(folder, images, runtime)
     if out is not None:
@@ -260,13 +263,14 @@ def run(folder: Path, images: Path, runtime: str, out: Path | None, as_json: boo
 
 
 @main.command()
+@click.argument("dataset", type=click.Choice(["fashion-mnist"]))
 @option_out("Folder for the four IDX files.")
-def fetch_data(out: Path) -> None:
-    """Fetch the full Fashion-MNIST from its public home; every file is checked against its pinned SHA-256."""
+def fetch(dataset: str, out: Path) -> None:
+    """Fetch a full dataset from its public home; every file is checked against its pinned SHA-256."""
     from qdeploy.data import fetch_fashion_mnist
 
-    fetch_fashion_mnist(out)
-    click.echo(f"{out}: Fashion-MNIST, verified")
+    fetch_fashion_mnist(out, echo=say)
+    click.echo(f"{out}: {dataset}, verified")
 
 
 @main.command()

@@ -31,15 +31,15 @@ from qdeploy.space import SubnetSpec
 
 FORMAT = "qdeploy-frozen/1"
 
-# operator -> the attributes it carries (all of them lists of integers, or integers)
-OPERATORS: dict[str, frozenset[str]] = {
-    "conv": frozenset({"stride", "padding", "dilation", "groups"}),  # padding: top, left, bottom, right
-    "linear": frozenset(),
-    "add": frozenset(),
-    "max_pool": frozenset({"kernel", "stride", "padding"}),
-    "global_average_pool": frozenset(),  # [C, H, W] -> [C, 1, 1]
-    "flatten": frozenset(),
-    "requantize": frozenset(),
+# operator -> its attributes and how many whole numbers each holds; padding is top, left, bottom, right
+OPERATORS: dict[str, dict[str, int]] = {
+    "conv": {"stride": 2, "padding": 4, "dilation": 2, "groups": 1},
+    "linear": {},
+    "add": {},
+    "max_pool": {"kernel": 2, "stride": 2, "padding": 4},
+    "global_average_pool": {},  # [C, H, W] -> [C, 1, 1]
+    "flatten": {},
+    "requantize": {},
 }
 KEEPS_CODES = ("max_pool", "flatten")  # output quantizer = input quantizer
 
@@ -126,6 +126,8 @@ class FrozenNet:
             known.add(node.output)
         if self.output not in known:
             found.append(f"output {self.output} is not made by any node")
+        if len({len(codes) for codes in self.golden.values()}) > 1:
+            found.append("golden codes are of different numbers of images")
         for name in known:
             if name not in self.activations:
                 found.append(f"tensor {name} has no entry")
@@ -141,21 +143,37 @@ class FrozenNet:
         found = []
         if node.op not in OPERATORS:
             return [f"node {node.name}: unknown operator {node.op}"]
-        if set(node.attributes) != OPERATORS[node.op]:
+        if set(node.attributes) != set(OPERATORS[node.op]):
             found.append(f"node {node.name}: attributes {sorted(node.attributes)} are not {sorted(OPERATORS[node.op])}")
+        for key, length in OPERATORS[node.op].items():
+            value = node.attributes.get(key)
+            numbers = [value] if length == 1 else value
+            good = isinstance(numbers, list | tuple) and len(numbers) == length
+            if not (good and all(type(n) is int and n >= (0 if key == "padding" else 1) for n in numbers)):  # type: ignore[union-attr]
+                found.append(f"node {node.name}: {key} is {value!r}, {length} whole numbers are needed")
         found += [f"node {node.name} reads {name} before it is made" for name in node.inputs if name not in known]
         if len(node.inputs) != (2 if node.op == "add" else 1):
             found.append(f"node {node.name}: {node.op} with {len(node.inputs)} inputs")
         if node.output in known:
             found.append(f"node {node.name} makes {node.output} a second time")
         if node.op in ("conv", "linear"):
-            wanted = {"weight": np.int8, "weight_scale": np.float32, "bias": np.int32}
-            for role, dtype in wanted.items():
-                array = self.tensors.get(f"{node.name}.{role}")
-                if array is None or array.dtype != dtype:
-                    found.append(f"node {node.name}: {role} is missing or not {np.dtype(dtype)}")
-            if node.name not in self.weights:
-                found.append(f"node {node.name}: no weight bits")
+            found += self._weight_problems(node)
+        return found
+
+    def _weight_problems(self, node: Node) -> list[str]:
+        found = []
+        weight = self.tensors.get(f"{node.name}.weight")
+        ndim = 4 if node.op == "conv" else 2
+        if weight is None or weight.dtype != np.int8 or weight.ndim != ndim:
+            found.append(f"node {node.name}: weight is missing or not int8 of {ndim} dimensions")
+        for role, dtype in (("weight_scale", np.float32), ("bias", np.int32)):
+            array = self.tensors.get(f"{node.name}.{role}")
+            if array is None or array.dtype != dtype or (weight is not None and array.shape != weight.shape[:1]):
+                found.append(f"node {node.name}: {role} is missing or not {np.dtype(dtype)}, one for each output")
+            elif role == "weight_scale" and not (np.isfinite(array) & (array > 0)).all():
+                found.append(f"node {node.name}: a weight scale is not positive and finite")
+        if node.name not in self.weights:
+            found.append(f"node {node.name}: no weight bits")
         return found
 
     def check(self) -> FrozenNet:
@@ -211,8 +229,18 @@ def load_frozen(folder: Path) -> FrozenNet:
         nodes = tuple(Node(**(row | {"inputs": tuple(row["inputs"])})) for row in head["nodes"])
         weights = {name: WeightBits(**row) for name, row in head["weights"].items()}
         spec = SubnetSpec.from_json(head["spec"])
+        tensors, golden = arrays
         net = FrozenNet(
-            head["name"], spec, head["input"], head["output"], nodes, activations, weights, *arrays, head["report"]
+            head["name"],
+            spec,
+            head["input"],
+            head["output"],
+            nodes,
+            activations,
+            weights,
+            tensors,
+            golden,
+            head["report"],
         )
     except (KeyError, TypeError, AttributeError, SafetensorError, RecipeError) as e:
         raise ModelError(f"{folder} is damaged ({e!r}): make the subnet again") from e

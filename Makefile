@@ -1,0 +1,50 @@
+# Every target shares one virtual environment, .venv, and sets it up if need be. No root; run any of them again at will.
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+export PYTHON TORCH_INDEX
+# more threads than one a process are slower on a busy machine, and spin
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help demo test check bench
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    the whole flow from the shipped checkpoint: a table, and an HTML report (3 minutes)"
+	@echo "make test    every test"
+	@echo "make check   ruff check, ruff format --check, mypy"
+	@echo "make bench   the benchmarks of tools/, one after the other"
+	@echo
+	@echo "The first of them sets up $(VENV): 2 GB of disk and 1 to 5 minutes with a CPU build of torch; the default"
+	@echo "index of Linux on x86 brings a CUDA build, gigabytes more. It needs Python 3.11, 3.12 or 3.13 with venv, and the network."
+	@echo "  PYTHON=/path/to/python   the interpreter for $(VENV) (default: the first of 3.11, 3.12, 3.13 that works)"
+	@echo "  TORCH_INDEX=URL          one more package index, for instance PyTorch's for CPU builds"
+
+ifneq ($(PYTHON),)
+WHICH := -c 'import sys; print(sys.base_prefix, sys.version)'
+ifneq ($(shell $(PYTHON) $(WHICH) 2>&1),$(shell $(BIN)/python $(WHICH) 2>&1))
+.PHONY: other-python
+other-python:
+$(STAMP): other-python
+endif
+endif
+
+$(STAMP): pyproject.toml constraints.txt tools/make_venv.sh
+	@sh tools/make_venv.sh $(VENV)
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/qdeploy demo
+
+test: $(STAMP)
+	$(BIN)/pytest -q
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	@set -e; for script in $(sort $(wildcard tools/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script; done

@@ -1,0 +1,56 @@
+"""`qdeploy subnet`: a RUN folder and a choice of widths become a FrozenNet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qdeploy.allocate import allocate
+from qdeploy.data import SPLITS, Dataset, load
+from qdeploy.errors import RecipeError
+from qdeploy.files import read_bytes
+from qdeploy.frozen import FrozenNet, load_frozen
+from qdeploy.quant.network import QuantNet
+from qdeploy.recipe import Recipe
+from qdeploy.space import SubnetSpec
+from qdeploy.subnet import extract
+
+
+def read_spec(path: Path) -> SubnetSpec:
+    """A spec file, or the spec of a subnet folder."""
+    if Path(path).is_dir():
+        return load_frozen(path).spec
+    return SubnetSpec.parse(read_bytes(path, "the subnet spec", RecipeError))
+
+
+def choose_spec(
+    net: QuantNet, bits: int | None, budget_kib: float | None, spec: Path | None, nested_with: Path | None
+) -> SubnetSpec:
+    """The one choice that the command line made; RecipeError when it made none, two, or one outside the space."""
+    given = [name for name, value in (("bits", bits), ("budget-kib", budget_kib), ("spec", spec)) if value is not None]
+    if len(given) != 1:
+        raise RecipeError("choose one of --bits, --budget-kib and --spec" + (f", not {len(given)}" if given else ""))
+    if nested_with is not None and budget_kib is None:
+        raise RecipeError("--nested-with goes with --budget-kib: it says which level the new one must extend")
+    if bits is not None:
+        if bits not in net.choice.widths:
+            raise RecipeError(f"--bits {bits} was not trained: choose from {list(net.choice.widths)}")
+        return net.uniform(bits)
+    if budget_kib is not None:
+        low = None if nested_with is None else read_spec(nested_with)
+        return allocate(net, int(budget_kib * 1024), low)
+    assert spec is not None
+    chosen = read_spec(spec)
+    net.check_spec(chosen)
+    return chosen
+
+
+def calibration_set(recipe: Recipe, data_dir: Path | None) -> Dataset:
+    """Training images for calibration: the part that ships with the repository where there is one."""
+    split = "sample" if "sample" in SPLITS[recipe.data.name] else "train"
+    return load(recipe.data.name, split, data_dir)
+
+
+def extract_subnet(recipe: Recipe, net: QuantNet, spec: SubnetSpec, data_dir: Path | None) -> FrozenNet:
+    """Freeze `spec` and record its accuracy on the test images."""
+    calibration = calibration_set(recipe, data_dir).images
+    return extract(net, spec, recipe.name, calibration, load(recipe.data.name, "test", data_dir))
