@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 130
 
 
 class Group(click.Group):
-    """Prints our errors as one line and exits with 2; Ctrl-C exits with 130; anything else is a bug and shows itself."""
+    """Prints our errors as one line and exits with 2, Ctrl-C with 130; anything else is a bug and shows itself."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -84,7 +84,9 @@ def train(recipe: Path, out: Path, data_dir: Path | None, threads: int) -> None:
 @main.command()
 @click.argument("run", type=PATH)
 @click.option("--bits", type=int, help="A uniform level: this width in every layer but the first and the last.")
-@click.option("--budget-kib", type=float, help="A mixed level: least error within so many KiB of planes and side tensors.")
+@click.option(
+    "--budget-kib", type=float, help="A mixed level: least error within so many KiB of planes and side tensors."
+)
 @click.option("--spec", type=PATH, help="A level from a subnet spec file (JSON).")
 @click.option("--nested-with", type=PATH, help="Spec file or subnet folder that a --budget-kib level must extend.")
 @data_dir
@@ -113,7 +115,9 @@ def subnet(  # noqa: PLR0913, PLR0917
     click.echo(f"{out}: spec {chosen.id}, {report['accuracy']:.2f}% of {report['test_images']} test images")
     exact, bias = report["parity"]["simulation"], report["parity"]["int32_bias"]
     counts = f"{exact['differing']} of {exact['codes']} codes differ, by {exact['largest_step']} at most"
-    click.echo(f"integers against the simulation: {counts}; rounding the biases to int32 moved {bias['differing']} codes")
+    click.echo(
+        f"integers against the simulation: {counts}; rounding the biases to int32 moved {bias['differing']} codes"
+    )
 
 
 @main.command()
@@ -131,7 +135,9 @@ def export(subnet_dir: Path, out: Path, force: bool) -> None:
 
 @main.command()
 @click.argument("levels", type=PATH, nargs=-1, required=True)
-@click.option("--artifact", "artifacts", type=PATH, multiple=True, help="Compiled artifact folder to ship (repeatable).")
+@click.option(
+    "--artifact", "artifacts", type=PATH, multiple=True, help="Compiled artifact folder to ship (repeatable)."
+)
 @click.option("--release", default=1, show_default=True, help="Release number; devices refuse to go back.")
 @option_out("Published tree.")
 @force

@@ -86,8 +86,8 @@ def run_node(net: FrozenNet, node: Node, codes: dict[str, np.ndarray]) -> np.nda
     elif node.op == "global_average_pool":
         area = first.shape[2] * first.shape[3]
         acc = (first.astype(np.int32) - inputs[0].zero_point).sum((2, 3), keepdims=True)
-        scale = np.float32(inputs[0].scale) / (np.float32(target.scale) * np.float32(area))
-        out = requantize(acc, np.asarray(scale, np.float32), target)
+        scale = np.asarray(np.float32(inputs[0].scale) / (np.float32(target.scale) * np.float32(area)), np.float32)
+        out = requantize(acc, scale, target)
     elif node.op == "max_pool":
         (kh, kw), (sh, sw) = node.attributes["kernel"], node.attributes["stride"]
         top, left, bottom, right = node.attributes["padding"]

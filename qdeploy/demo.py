@@ -1,0 +1,318 @@
+"""`qdeploy demo`: the whole pipe on the shipped model, every figure measured while it runs."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+from typing import Any
+
+import numpy as np
+
+from qdeploy.allocate import allocate, level_bytes
+from qdeploy.bundle.store import level_tensors, tree_reader
+from qdeploy.bundle.tables import Manifest
+from qdeploy.bundle.write import write_bundle
+from qdeploy.client.pull import pull
+from qdeploy.compile.artifact import load_artifact
+from qdeploy.compile.pipeline import compile_model
+from qdeploy.data import Dataset, load
+from qdeploy.errors import DeviceError
+from qdeploy.export import export_onnx
+from qdeploy.export.parity import stock_session
+from qdeploy.extract import calibration_set
+from qdeploy.files import canonical_json, write_atomic
+from qdeploy.frozen import save_frozen
+from qdeploy.inspect import describe
+from qdeploy.ladder import read_ladder
+from qdeploy.profile.report import profile
+from qdeploy.serve.app import serving
+from qdeploy.serve.byte_log import Sent, read_byte_log
+from qdeploy.space import SubnetSpec
+from qdeploy.subnet import extract
+from qdeploy.target import load_target
+from qdeploy.train.run import load_run
+
+REPOSITORY = Path(__file__).parents[1]
+MODEL = REPOSITORY / "models" / "fashion-resnet8"
+TARGET = REPOSITORY / "targets" / "host.toml"
+PARITY_IMAGES = 1000
+PROFILE_REPEATS = 20
+DEVICE_SECONDS = 120.0
+Echo = Callable[[str], None]
+
+
+def specs(net: Any) -> dict[str, SubnetSpec]:
+    """The demo's levels by name, each nested in the next: uniform ones and a mixed one below the highest."""
+    widths = net.choice.widths
+    levels = {f"w{width}": net.uniform(width) for width in widths}
+    low, high = (net.uniform(width) for width in widths[-2:])
+    budget = (level_bytes(net, low) + level_bytes(net, high)) // 2
+    mixed = {"mixed": allocate(net, budget, low)}
+    names = list(levels)
+    return {name: (levels | mixed)[name] for name in (*names[:-1], "mixed", names[-1])}
+
+
+def write_levels(out: Path, echo: Echo) -> dict[str, dict[str, Any]]:
+    """Freeze and export every level; returns the sidecars by level."""
+    recipe, net = load_run(MODEL)
+    calibration = calibration_set(recipe, None).images
+    sidecars = {}
+    for name, spec in specs(net).items():
+        echo(f"level {name}: freezing spec {spec.id}, exporting, comparing codes with ONNX Runtime")
+        frozen = extract(net, spec, recipe.name, calibration, None)
+        save_frozen(frozen, out / "subnets" / name)
+        sidecars[name] = export_onnx(frozen, out / "onnx" / f"{name}.onnx") | {"simulation": frozen.report["parity"]}
+    return sidecars
+
+
+def compiled_parity(root: Path, manifest: Manifest, artifact: Path, onnx: Path, images: np.ndarray) -> dict[str, Any]:
+    """How many of the compiled program's outputs differ from stock ONNX Runtime's, level by level."""
+    program, read = load_artifact(artifact), tree_reader(root, manifest)
+    inputs = images.astype(np.float32) / np.float32(255)
+    found = {}
+    for level in manifest.levels:
+        packed = program.prepare(level_tensors(manifest, level.name, read))
+        session = stock_session((onnx / f"{level.name}.onnx").read_bytes())
+        differing = total = 0
+        for image in inputs:
+            ours, theirs = program.run(image[None], packed), session({"input": image[None]})["output"]
+            differing += int((ours != theirs).sum())
+            total += ours.size
+        found[level.name] = {"outputs": total, "differing": differing}
+    return found
+
+
+class Device:
+    """A device process (`python -m qdeploy.client`): inference without end, commands in, JSON lines out."""
+
+    def __init__(self, folder: Path, images: Path, labels: Path) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "qdeploy.client",
+            str(folder),
+            "--images",
+            str(images),
+            "--labels",
+            str(labels),
+        ]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.rows: Queue[dict[str, Any]] = Queue()
+        Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.rows.put(json.loads(line))
+
+    def tell(self, command: str) -> None:
+        """Send one command."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+
+    def wait(self, wanted: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
+        """The next report that is `wanted`; raises DeviceError when the device says an error, dies or hangs."""
+        deadline = time.monotonic() + DEVICE_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                row = self.rows.get(timeout=0.2)
+            except Empty:
+                if self.process.poll() is not None and self.rows.empty():
+                    assert self.process.stderr is not None
+                    raise DeviceError(f"the device process ended: {self.process.stderr.read().strip()}") from None
+                continue
+            if row["event"] == "error":
+                raise DeviceError(f"the device could not {row['command']}: {row['error']}")
+            if wanted(row):
+                return row
+        raise DeviceError(f"the device process said nothing that was waited for in {DEVICE_SECONDS:.0f} s")
+
+    def accuracy(self, level: str, images: int) -> dict[str, Any]:
+        """The next whole pass over the images by one level."""
+        return self.wait(lambda row: row["event"] == "run" and row["level"] == level and row["n"] == images)
+
+
+@contextmanager
+def device_process(folder: Path, images: Path, labels: Path) -> Iterator[Device]:
+    """A Device that is stopped whatever happens."""
+    device = Device(folder, images, labels)
+    try:
+        yield device
+    finally:
+        device.process.kill()
+        device.process.communicate()
+
+
+def climb_under_inference(
+    url: str, folder: Path, manifest: Manifest, files: tuple[Path, Path], count: int, echo: Echo
+) -> list[dict[str, Any]]:
+    """Pull the lowest level, start the device, climb it level by level while it infers, drop it at the end."""
+    levels = [level.name for level in manifest.levels]
+    first = pull(url, folder, levels[0])
+    steps = [{"level": levels[0], "step": "pull", "fetched": dict(first.fetched), "bytes": first.total_fetched}]
+    with device_process(folder, *files) as device:
+        device.wait(lambda row: row["event"] == "ready")
+        for name in levels:
+            if name != levels[0]:
+                device.tell(f"climb {name}")
+                row = device.wait(lambda row: row["event"] == "climb")
+                steps.append({"level": name, "step": "climb", "fetched": row["fetched"], "bytes": row["bytes"]})
+            run = device.accuracy(name, count)
+            steps[-1]["accuracy"] = 100.0 * run["correct"] / run["n"]
+            echo(
+                f"device at {name}: {steps[-1]['bytes']} bytes fetched, {steps[-1]['accuracy']:.2f}% of {count} images"
+            )
+        device.tell(f"drop {levels[0]}")
+        row = device.wait(lambda row: row["event"] == "drop")
+        steps.append({"level": levels[0], "step": "drop", "fetched": row["fetched"], "bytes": row["bytes"]})
+        device.tell("stop")
+        device.wait(lambda row: row["event"] == "stopped")
+    return steps
+
+
+def fetched_twice(rows: list[Sent]) -> int:
+    """Object bytes that the server sent more than once: by its own log, range by range."""
+    seen: dict[str, np.ndarray] = {}
+    again = 0
+    for row in rows:
+        if row.method != "GET" or not row.path.startswith("/objects/"):
+            continue
+        counts = seen.setdefault(row.path, np.zeros(0, np.uint8))
+        end = row.start + row.sent
+        if len(counts) < end:
+            counts = seen[row.path] = np.concatenate([counts, np.zeros(end - len(counts), np.uint8)])
+        again += int(counts[row.start : end].sum())
+        counts[row.start : end] = 1
+    return again
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(names),
+        "python": platform.python_version(),
+    }
+
+
+def demo(out: Path, echo: Echo) -> dict[str, Any]:
+    """Run everything into `out` (replaced) and return the result; report.html and result.json are written there."""
+    from qdeploy.report.page import demo_page
+
+    began = time.monotonic()
+    if out.exists() and not (out / "result.json").exists() and any(out.iterdir()):
+        raise DeviceError(f"{out} holds something else than a demo's output: choose another folder with -o")
+    shutil.rmtree(out, ignore_errors=True)
+    (out / "onnx").mkdir(parents=True)
+    write_atomic(out / "result.json", b"{}\n")  # marks the folder as ours from the start
+    test = load("fashion-mnist", "test")
+    sidecars = write_levels(out, echo)
+    names = list(sidecars)
+    echo("compiling one artifact for all levels")
+    artifact = out / "artifact"
+    compile_model(out / "onnx" / f"{names[0]}.onnx", load_target(TARGET), artifact)
+    echo("writing the bundle")
+    root = out / "tree"
+    manifest = write_bundle(read_ladder([out / "onnx" / f"{name}.onnx" for name in names]), [artifact], root)
+    profiles = {}
+    for name in names:
+        echo(f"profiling level {name} in TVM and ONNX Runtime")
+        profiles[name] = profile(artifact, out / "onnx" / f"{name}.onnx", PROFILE_REPEATS)
+    parity = compiled_parity(root, manifest, artifact, out / "onnx", test.images[:PARITY_IMAGES])
+    images, labels = save_images(out, test)
+    with serving(root, log=out / "bytes.jsonl") as url:
+        echo(f"serving at {url}; the device pulls {names[0]} and climbs while it classifies")
+        steps = climb_under_inference(url, out / "device", manifest, (images, labels), len(test), echo)
+    bundle = describe(root)
+    result = {
+        "model": manifest.model,
+        "machine": machine(),
+        "levels": level_rows(bundle["levels"], steps, profiles, parity, sidecars),
+        "drop": steps[-1],
+        "fetched_twice": fetched_twice(read_byte_log(out / "bytes.jsonl")),
+        "planes": bundle["planes against their entropy"],
+        "report": str(out / "report.html"),
+    }
+    result["seconds"] = round(time.monotonic() - began, 1)
+    write_atomic(out / "report.html", demo_page(result).encode())
+    write_atomic(out / "result.json", canonical_json(result))
+    return result
+
+
+def save_images(out: Path, test: Dataset) -> tuple[Path, Path]:
+    """The test images and labels as the files that a device reads."""
+    images, labels = out / "images.npy", out / "labels.npy"
+    np.save(images, test.images)
+    np.save(labels, test.labels)
+    return images, labels
+
+
+def level_rows(
+    levels: list[dict[str, Any]],
+    steps: list[dict[str, Any]],
+    profiles: Mapping[str, Any],
+    parity: Mapping[str, Any],
+    sidecars: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """One row a level: what the table and the report show."""
+    rows, total = [], 0
+    by_level = {step["level"]: step for step in steps if step["step"] != "drop"}
+    for level in levels:
+        name = level["level"]
+        step = by_level[name]
+        total += step["bytes"]
+        spec = SubnetSpec.from_json(sidecars[name]["spec"])
+        rows.append(
+            {
+                "level": name,
+                "spec_id": spec.id,
+                "layers": [asdict(entry) for entry in spec.layers],
+                "bits_per_weight": level["bits a weight"],
+                "fetched": step["fetched"],
+                "bytes": step["bytes"],
+                "total_bytes": total,
+                "accuracy": step["accuracy"],
+                "profile": profiles[name],
+                "parity": parity[name],
+                "codes": sidecars[name]["parity"],
+                "simulation": sidecars[name]["simulation"],
+            }
+        )
+    return rows
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The result as a table for a terminal."""
+    from qdeploy.report.page import HEAD, level_cells
+
+    rows = [list(HEAD), *(level_cells(row) for row in result["levels"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    drop, machine_ = result["drop"], result["machine"]
+    lines += [
+        "",
+        f"dropping back to {drop['level']} fetched {drop['bytes']} bytes; "
+        f"{result['fetched_twice']} object bytes were sent twice, by the server's log",
+        f"{result['model']} on {machine_['cpu']}, {machine_['cores']} cores, one thread; {result['seconds']} s in all",
+        f"report: {result['report']}",
+    ]
+    return "\n".join(lines)
