@@ -85,7 +85,7 @@ def compiled_parity(root: Path, manifest: Manifest, artifact: Path, onnx: Path, 
         session = stock_session((onnx / f"{level.name}.onnx").read_bytes())
         differing = total = 0
         for image in inputs:
-            ours, theirs = program.run(image[None], packed), session({"input": image[None]})["output"]
+            ours, theirs = program.run(image[None], packed), session({"input": image[None]})[0]
             differing += int((ours != theirs).sum())
             total += ours.size
         found[level.name] = {"outputs": total, "differing": differing}

@@ -63,7 +63,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     ),
     "client": ("errors files bundle", "numpy", "target compile.artifact tvm onnxruntime urllib3 PIL"),
     "serve": ("errors files bundle", "aiohttp", ""),
-    "inspect": ("errors files space frozen bundle", "numpy", "qdq"),
+    "inspect": ("errors files space recipe frozen bundle", "numpy", "qdq"),
     "report": ("errors files cost bundle", "numpy matplotlib", ""),
     # across stages
     "demo": (f"errors {STAGES}", "numpy", ""),

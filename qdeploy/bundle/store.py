@@ -1,0 +1,201 @@
+"""From pieces to ONNX files and arrays: pure functions of a manifest and a reader of decoded, verified pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from qdeploy.bundle.codec import decode
+from qdeploy.bundle.manifest import parse_manifest, parse_release
+from qdeploy.bundle.planes import container, join
+from qdeploy.bundle.tables import LEAF_BYTES, Initializer, Level, Manifest, Piece, Tensor, levels_below
+from qdeploy.bundle.validate import packed_weights, part_bytes
+from qdeploy.errors import BundleError
+from qdeploy.files import read_bytes, sha256
+
+ReadPiece = Callable[[int], bytes]  # index of a piece -> its decoded bytes; raises BundleError unless they verify
+
+RELEASE_NAME = "release.json"
+
+
+def manifest_name(digest: str) -> str:
+    """Path of a manifest below the tree's root."""
+    return f"manifests/{digest}.json"
+
+
+def object_name(digest: str) -> str:
+    """Path of an object below the tree's root."""
+    return f"objects/{digest}"
+
+
+# --- which pieces ----------------------------------------------------------------------------------------------------
+
+
+def pieces_of(manifest: Manifest, level: str) -> list[int]:
+    """Pieces that a device at `level` holds, in fetch order: skeleton, planes, side tensors of it and those below."""
+    target = manifest.level(level)
+    found = {manifest.skeleton}
+    for tensor, entry in zip(manifest.tensors, target.tensors, strict=True):
+        held = 0
+        for part in tensor.parts:
+            held += part.bits
+            if held <= entry.bits:
+                found.add(part.piece)
+    found |= {low.side for low in levels_below(manifest, level) if low.side is not None}
+    return sorted(found)
+
+
+def missing(manifest: Manifest, have: Container[int], level: str) -> list[int]:
+    """Pieces of `level` that are not in `have`, in fetch order: what a climb costs."""
+    return [piece for piece in pieces_of(manifest, level) if piece not in have]
+
+
+def artifact_pieces(manifest: Manifest, artifact: int) -> list[int]:
+    """Pieces of a compiled artifact, in fetch order."""
+    return sorted({piece for _, piece in manifest.artifacts[artifact].files})
+
+
+def objects_of(manifest: Manifest, pieces: Iterable[int]) -> list[int]:
+    """Objects that hold these pieces, in fetch order."""
+    return sorted({manifest.pieces[piece].object for piece in pieces})
+
+
+# --- from pieces to a level ------------------------------------------------------------------------------------------
+
+
+def decode_piece(piece: Piece, coded: bytes, what: str = "a piece") -> bytes:
+    """Coded bytes -> raw bytes; the digest is checked before anything is decoded. Raises BundleError."""
+    if len(coded) != piece.size or sha256(coded) != piece.sha256:
+        raise BundleError(f"{what} is damaged (its SHA-256 is not the manifest's): fetch it again")
+    return decode(piece.codec, coded, piece.raw, what)
+
+
+def _codes(manifest: Manifest, index: int, level: Level, area: Initializer, read: ReadPiece) -> np.ndarray:
+    """Container codes of tensor number `index` at a level, in the tensor's shape."""
+    tensor, entry = manifest.tensors[index], level.tensors[index]
+    return container(tensor_prefix(tensor, area, entry.bits, read), entry, area.dtype, tensor.caps)
+
+
+def tensor_prefix(tensor: Tensor, area: Initializer, bits: int, read: ReadPiece) -> np.ndarray:
+    """The first `bits` planes of a weight tensor as prefixes (see `planes.join`)."""
+    parts, held = [], 0
+    for part in tensor.parts:
+        if held + part.bits > bits:
+            break
+        length = part_bytes(part, packed_weights(tensor, area.shape, held))
+        parts.append((part.bits, part.layout, read(part.piece)[part.start : part.start + length]))
+        held += part.bits
+    return join(parts, area.shape, tensor.caps)
+
+
+def remembering(read: ReadPiece) -> ReadPiece:
+    """`read`, each piece once: small tensors share pieces."""
+    return cache(read)
+
+
+def level_tensors(manifest: Manifest, level: str, read: ReadPiece) -> dict[str, np.ndarray]:
+    """{name: array} of every numeric initializer at a level: weights from planes, side tensors, fixed ones."""
+    target, read = manifest.level(level), remembering(read)
+    skeleton = memoryview(read(manifest.skeleton))
+    side = memoryview(b"" if target.side is None else read(target.side))
+    arrays: dict[str, np.ndarray] = {}
+    weights = cut = used = 0  # weight tensors so far, bytes cut out of the skeleton so far, bytes of `side` used
+    for area in manifest.initializers:
+        if area.kind == "planes":
+            arrays[area.name] = _codes(manifest, weights, target, area, read)
+            weights += 1
+        else:
+            source, start = (side, used) if area.kind == "side" else (skeleton, area.offset - cut)
+            values = np.frombuffer(source[start : start + area.length], np.dtype(area.dtype).newbyteorder("<"))
+            arrays[area.name] = values.astype(np.dtype(area.dtype)).reshape(area.shape)
+            used += area.length if area.kind == "side" else 0
+        cut += area.length if area.kind != "fixed" else 0
+    return arrays
+
+
+def assemble(manifest: Manifest, level: str, read: ReadPiece) -> bytes:
+    """The ONNX file of a level, byte for byte as it was exported; raises BundleError unless its SHA-256 fits."""
+    target, read = manifest.level(level), remembering(read)
+    skeleton = memoryview(read(manifest.skeleton))
+    side = memoryview(b"" if target.side is None else read(target.side))
+    out: list[bytes | memoryview] = []
+    kept = used = weights = end = 0  # bytes of skeleton and side used, weight tensors so far, end of the last area
+    for area in manifest.of_kind("planes", "side"):
+        gap = area.offset - end
+        out.append(skeleton[kept : kept + gap])
+        kept += gap
+        if area.kind == "planes":
+            out.append(_codes(manifest, weights, target, area, read).tobytes())
+            weights += 1
+        else:
+            out.append(side[used : used + area.length])
+            used += area.length
+        end = area.offset + area.length
+    out.append(skeleton[kept:])
+    data = b"".join(out)
+    if len(data) != manifest.size or sha256(data) != target.sha256:
+        raise BundleError(
+            f"level {level} does not assemble to the file that the manifest names: fetch the bundle again"
+        )
+    return data
+
+
+# --- a published tree on disk ----------------------------------------------------------------------------------------
+
+
+def load_tree(root: Path) -> Manifest:
+    """The current manifest of a published tree; BundleError when a file is missing or any byte of it was changed."""
+    root = Path(root)
+    release = parse_release(read_bytes(root / RELEASE_NAME, "the release pointer", BundleError))
+    data = read_bytes(root / manifest_name(release.sha256), "the manifest", BundleError)
+    if len(data) != release.size or sha256(data) != release.sha256:
+        raise BundleError(f"the manifest in {root} is not the one that release.json names: publish or fetch it again")
+    manifest = parse_manifest(data)
+    if manifest.release != release.release:
+        raise BundleError(f"release.json says release {release.release}, the manifest {manifest.release}")
+    return manifest
+
+
+def tree_reader(root: Path, manifest: Manifest) -> ReadPiece:
+    """Reads, verifies and decodes pieces of a published tree; damaged or missing objects raise BundleError."""
+
+    def read(index: int) -> bytes:
+        piece = manifest.pieces[index]
+        path = Path(root) / object_name(manifest.objects[piece.object].sha256)
+        try:
+            with open(path, "rb") as file:
+                file.seek(piece.offset)
+                coded = file.read(piece.size)
+        except OSError as e:
+            raise BundleError(f"cannot read the object {path}: {e.strerror or e}; fetch it again") from e
+        return decode_piece(piece, coded, f"piece {index} in {path}")
+
+    return read
+
+
+def verify_tree(root: Path) -> Manifest:
+    """Check a whole tree: manifest, every object's and leaf's digest, every level's assembly. Raises BundleError."""
+    root = Path(root)
+    manifest = load_tree(root)
+    for entry in manifest.objects:
+        path = root / object_name(entry.sha256)
+        data = read_bytes(path, "the object", BundleError)
+        if len(data) != entry.size or sha256(data) != entry.sha256 or leaf_digests(data) != entry.leaves:
+            raise BundleError(f"{path} is damaged (its SHA-256 is not the manifest's): publish or fetch it again")
+    read = tree_reader(root, manifest)
+    for level in manifest.levels:
+        assemble(manifest, level.name, read)
+    for _, piece in (file for artifact in manifest.artifacts for file in artifact.files):
+        read(piece)
+    return manifest
+
+
+def leaf_digests(data: bytes) -> tuple[str, ...]:
+    """Digests of an object's leaves; none for an object of one leaf (FORMAT.md, Objects)."""
+    if len(data) <= LEAF_BYTES:
+        return ()
+    view = memoryview(data)
+    return tuple(sha256(view[start : start + LEAF_BYTES]) for start in range(0, len(data), LEAF_BYTES))
