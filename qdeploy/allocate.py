@@ -16,8 +16,8 @@ from torch import nn
 
 from qdeploy.bundle.planes import gather, split
 from qdeploy.errors import RecipeError
-from qdeploy.quant.grid import container_codes
 from qdeploy.quant.graph import Step
+from qdeploy.quant.grid import container_codes
 from qdeploy.quant.network import QuantNet
 from qdeploy.space import SubnetSpec
 

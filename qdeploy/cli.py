@@ -243,7 +243,7 @@ def drop(folder: Path, to: str) -> None:
 
 @main.command()
 @click.argument("folder", type=PATH)
-@click.option("--images", type=PATH, required=True, help=".npy, IDX (.gz too), PGM or PPM.")
+@click.option("--images", type=PATH, required=True, help=".npy, IDX (.gz too), PGM, PPM or PNG.")
 @click.option("--runtime", type=click.Choice(["tvm", "ort"]), default="tvm", show_default=True)
 @click.option("-o", "--out", type=PATH, help="Write the outputs as .npy instead of printing classes.")
 @as_json

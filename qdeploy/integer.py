@@ -33,7 +33,7 @@ def requantize_scale(input_scale: float, weight_scale: np.ndarray, output_scale:
 
 
 def requantize(acc: np.ndarray, scale: np.ndarray, q: Quantizer) -> np.ndarray:
-    """int32 accumulators -> uint8: float32(acc) * scale, round half to even, + zero point, clamp; `scale` broadcasts."""
+    """int32 accumulators -> uint8: rne(float32(acc) * scale) + zero point, clamped; `scale` broadcasts."""
     rounded = np.rint(acc.astype(np.int32).astype(np.float32) * scale)
     return np.clip(rounded + np.float32(q.zero_point), q.lo, q.hi).astype(np.uint8)
 

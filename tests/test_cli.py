@@ -127,7 +127,7 @@ def test_compile_refuses_a_float_model_and_lists_the_breaches(tmp_path: Path, mo
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4]) for n in "xy"]
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)]), tmp_path / "f.onnx")
-    refused(call("compile", tmp_path / "f.onnx", "--target", HOST, "-o", tmp_path / "a"), "QDQ")
+    refused(call("compile", tmp_path / "f.onnx", "--target", HOST, "-o", tmp_path / "a"), "put QuantizeLinear")
     (tmp_path / "cut.onnx").write_bytes(models[0].read_bytes()[:1000])
     refused(call("compile", tmp_path / "cut.onnx", "--target", HOST, "-o", tmp_path / "a"), "cut.onnx")
     assert not (tmp_path / "a").exists()

@@ -30,7 +30,9 @@ MEASURED = "Accuracy in per cent on the {images} test images, simulation of the 
 def variants(recipe: Recipe) -> dict[str, Recipe]:
     """Recipe of each variant by name; all start from one float network per seed."""
     alone = {f"lsq{w}": recipe.replace(quantization={"widths": (w,)}) for w in recipe.quantization.widths}
-    return {"vertical": recipe, "no-compensation": recipe.replace(quantization={"compensation": False}), **alone}
+    without = recipe.replace(quantization={"compensation": False})
+    ends = recipe.replace(quantization={"first_last": "float"})
+    return {"vertical": recipe, "no-compensation": without, **alone, "float-ends": ends}
 
 
 def run_cell(name: str, recipe: Recipe, seed: int, work: Path, data_dir: Path | None) -> dict[str, object]:
@@ -64,6 +66,7 @@ def table(recipe: Recipe, cells: dict[tuple[str, int], dict[str, object]], seeds
     lines.append(f"| one vertical network | {entry(['vertical'] * len(widths))} |")
     lines.append(f"| separately trained LSQ, one network a width | {entry([f'lsq{w}' for w in widths])} |")
     lines.append(f"| vertical without compensation | {entry(['no-compensation'] * len(widths))} |")
+    lines.append(f"| vertical, first and last layer in float | {entry(['float-ends'] * len(widths))} |")
     return lines
 
 

@@ -1,0 +1,76 @@
+"""The compiled artifact of a release: which one suits this machine, and its files on disk."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qdeploy.bundle.manifest import Artifact, Manifest
+from qdeploy.bundle.store import ReadPiece
+from qdeploy.errors import BundleError
+from qdeploy.files import canonical_json, sha256, write_atomic
+
+
+def _features(target: Mapping[str, Any]) -> list[str]:
+    value = target.get("features", ())
+    return [str(name) for name in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+def unsuited(target: Mapping[str, Any], machine: str | None = None) -> str | None:
+    """Why a machine (default: this one) cannot run code for `target`; None when it can."""
+    from qdeploy.target import missing_features
+
+    machine = machine or platform.machine()
+    if target.get("arch") != machine:
+        return f"it is for {target.get('arch')}, this machine is {machine}"
+    if lacking := missing_features(_features(target)):
+        return f"this machine's cpu lacks {', '.join(lacking)}"
+    return None
+
+
+def describe(artifact: Artifact) -> str:
+    """Name of an artifact's hardware class."""
+    return str(artifact.target.get("name", artifact.target.get("arch", "unnamed")))
+
+
+def choose_artifact(manifest: Manifest, target: str | None) -> tuple[int | None, str | None]:
+    """(index of the artifact to fetch, None) or (None, why there is none).
+
+    `target` names a hardware class and is taken without looking at this machine, which may be a gateway; BundleError
+    when the release has none of that name. Otherwise the suited one with the most features wins.
+    """
+    if target is not None:
+        for index, artifact in enumerate(manifest.artifacts):
+            if artifact.target.get("name") == target:
+                return index, None
+        names = ", ".join(describe(a) for a in manifest.artifacts) or "none"
+        raise BundleError(f"no compiled artifact for {target!r} in {manifest.model}: there are {names}")
+    if not manifest.artifacts:
+        return None, "the release has no compiled artifact"
+    reasons = [unsuited(artifact.target) for artifact in manifest.artifacts]
+    suited = [index for index, reason in enumerate(reasons) if reason is None]
+    if not suited:
+        rows = zip(manifest.artifacts, reasons, strict=True)
+        return None, "; ".join(f"{describe(artifact)}: {reason}" for artifact, reason in rows)
+    return max(suited, key=lambda index: (len(_features(manifest.artifacts[index].target)), -index)), None
+
+
+def unpack_artifact(folder: Path, manifest: Manifest, index: int, read: ReadPiece) -> Path:
+    """Folder below `folder` with the artifact's files, each compared with its verified piece and mended if it differs.
+
+    Raises BundleError when a piece is damaged, DeviceError when a file cannot be written.
+    """
+    files = manifest.artifacts[index].files
+    rows = [[name, manifest.pieces[piece].sha256] for name, piece in files]
+    target = Path(folder) / "artifacts" / sha256(canonical_json(rows))
+    for name, piece in files:
+        data = read(piece)
+        try:
+            same = (target / name).read_bytes() == data
+        except OSError:
+            same = False
+        if not same:
+            write_atomic(target / name, data)
+    return target
