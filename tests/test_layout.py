@@ -61,7 +61,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
         "numpy tvm",
         "onnx onnxruntime",
     ),
-    "client": ("errors files bundle", "numpy", "target compile.artifact tvm onnxruntime urllib3 PIL"),
+    "client": ("errors files bundle", "numpy", "target compile.artifact tvm onnxruntime PIL"),
     "serve": ("errors files bundle", "aiohttp", ""),
     "inspect": ("errors files space recipe frozen bundle", "numpy", "qdq"),
     "report": ("errors files cost bundle", "numpy matplotlib", ""),
@@ -206,7 +206,7 @@ def test_the_device_side_loads_numpy_and_the_standard_library() -> None:
     client = [f"qdeploy.{module}" for module in modules() if module.split(".")[0] == "client"]
     loaded = loaded_by("import " + ", ".join(["qdeploy.client", *client]))
     assert "numpy" in loaded
-    assert not loaded & {*HEAVY, "urllib3"}
+    assert not loaded & set(HEAVY)
 
 
 def test_the_command_line_starts_without_the_heavy_packages() -> None:
