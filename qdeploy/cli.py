@@ -104,9 +104,11 @@ def subnet(  # noqa: PLR0913, PLR0917
 ) -> None:
     """Freeze one choice of widths of a trained RUN: calibrate, fold, round to integers, evaluate."""
     from qdeploy.extract import choose_spec, extract_subnet
+    from qdeploy.files import check_free
     from qdeploy.frozen import save_frozen
     from qdeploy.train.run import load_run
 
+    check_free(out, force)
     recipe, net = load_run(run)
     chosen = choose_spec(net, bits, budget_kib, spec, nested_with)
     frozen = extract_subnet(recipe, net, chosen, data_dir)

@@ -77,6 +77,15 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         raise DeviceError(f"cannot write {path}: {e.strerror or e}") from e
 
 
+def check_free(path: Path, force: bool = False) -> None:
+    """Raise DeviceError unless `new_folder` may write `path`: call it before long work that ends in one."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise DeviceError(f"{path} is a file: choose another output folder")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise DeviceError(f"{path} exists and is not empty: choose another output folder or add --force")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     """Build a folder aside and put it at `path` in one rename when the block ends without an error.
@@ -85,10 +94,7 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     Raises DeviceError when `path` cannot be written.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise DeviceError(f"{path} is a file: choose another output folder")
-    if path.is_dir() and any(path.iterdir()) and not force:
-        raise DeviceError(f"{path} exists and is not empty: choose another output folder or add --force")
+    check_free(path, force)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))

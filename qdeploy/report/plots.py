@@ -20,6 +20,11 @@ def _figure(width: float = 7.0, height: float = 3.6) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+def _legend(axes: Axes) -> None:
+    """Above the plot, where it hides nothing."""
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, frameon=False)
+
+
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -51,7 +56,7 @@ def bits_per_layer(layers: Sequence[str], levels: Sequence[str], bits: Sequence[
     axes.invert_yaxis()
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("weight width (bits)")
-    axes.legend(loc="lower right", frameon=True)
+    _legend(axes)
     return _svg(figure)
 
 
@@ -64,7 +69,7 @@ def stacked_bytes(names: Sequence[str], kinds: Sequence[str], sizes: Sequence[Se
         axes.bar(names, kib, 0.6, bottom=base, label=kind, color=COLOURS[i % len(COLOURS)])
         base = [a + b for a, b in zip(base, kib, strict=True)]
     axes.set_ylabel("fetched in this step (KiB)")
-    axes.legend(frameon=True)
+    _legend(axes)
     return _svg(figure)
 
 
@@ -77,7 +82,7 @@ def bytes_against_bound(planes: Sequence[str], coded: Sequence[int], bound: Sequ
     axes.set_xticks(list(places), planes)
     axes.set_xlabel("planes, most significant first")
     axes.set_ylabel("KiB")
-    axes.legend(frameon=True)
+    _legend(axes)
     return _svg(figure)
 
 
@@ -92,5 +97,5 @@ def latency(levels: Sequence[str], rows: Sequence[tuple[str, Sequence[float], Se
         axes.bar(places, medians, width * 0.9, yerr=[low, high], capsize=3, label=name, color=COLOURS[i % len(COLOURS)])
     axes.set_xticks(range(len(levels)), levels)
     axes.set_ylabel("latency, one thread (ms)")
-    axes.legend(frameon=True)
+    _legend(axes)
     return _svg(figure)

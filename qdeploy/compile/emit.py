@@ -1,0 +1,165 @@
+"""Short names for writing TIR by hand: vectors, loops, and the byte dot product of a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from qdeploy.compile.llvm import Dot
+
+Expr = Any  # a TIR expression or a Python int
+Buffer = Any
+GROUP = 4  # bytes of one 32-bit lane
+
+
+def const(value: float, dtype: str = "int32") -> Expr:
+    """A typed constant."""
+    return tirx.const(value, dtype)
+
+
+def splat(value: Expr, lanes: int) -> Expr:
+    """`value` in every lane; a scalar stays one."""
+    return value if lanes == 1 else T.Broadcast(value, lanes)
+
+
+def splat_const(value: float, dtype: str, lanes: int) -> Expr:
+    """A constant in every lane."""
+    return splat(const(value, dtype), lanes)
+
+
+def typed(dtype: str, lanes: int) -> str:
+    """Name of a vector type; one lane is a scalar."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def cast(dtype: str, value: Expr, lanes: int) -> Expr:
+    """Lane-wise conversion."""
+    return T.Cast(typed(dtype, lanes), value)
+
+
+def load(buffer: Buffer, offset: Expr, lanes: int = 1) -> Expr:
+    """`lanes` consecutive elements."""
+    return T.BufferLoad(buffer, [offset if lanes == 1 else T.Ramp(offset, 1, lanes)])
+
+
+def store(buffer: Buffer, value: Expr, offset: Expr, lanes: int = 1) -> None:
+    """Write `lanes` consecutive elements."""
+    T.buffer_store(buffer, value, [offset if lanes == 1 else T.Ramp(offset, 1, lanes)])
+
+
+def loop(count: int, body: Callable[[Expr], None]) -> None:
+    """`body(i)` for i below `count`; no loop where there is but one turn."""
+    if count == 1:
+        body(0)
+    elif count > 1:
+        with T.serial(0, count) as i:
+            body(i)
+
+
+def chunks(count: int, lanes: int, body: Callable[[Expr, int], None]) -> None:
+    """Cover `count` elements: body(offset, lanes) for whole vectors, then body(offset, 1) for the rest."""
+    whole = count // lanes * lanes
+    loop(count // lanes, lambda i: body(i * lanes, lanes))
+    loop(count - whole, lambda i: body(i + whole, 1))
+
+
+def fence(value: Expr, lanes: int) -> Expr:
+    """`value` rounded to float32 as it is: LLVM may not fuse its multiply into a following add."""
+    return T.call_llvm_pure_intrin(typed("float32", lanes), "llvm.arithmetic.fence", value)
+
+
+def prim_func(
+    name: str, params: Sequence[tuple[str, tuple[int, ...], str]], body: Callable[..., None]
+) -> tirx.PrimFunc:
+    """A function over the buffers (name, shape, dtype); `body` gets each of them flattened to one axis."""
+    with IRBuilder() as builder, T.prim_func():
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        buffers = [T.arg(label, T.Buffer(shape, dtype)) for label, shape, dtype in params]
+        flat = [
+            buffer if len(shape) == 1 else T.decl_buffer((prod(shape),), dtype, data=buffer.data)
+            for buffer, (_, shape, dtype) in zip(buffers, params, strict=True)
+        ]
+        body(*flat)
+    return builder.get()
+
+
+# Requantization ------------------------------------------------------------------------------------------------------
+
+SCALE, ZERO, LOW, HIGH = range(4)  # a packed quantizer: float32 [4]
+
+
+def quantizer(buffer: Buffer, field: int, lanes: int) -> Expr:
+    """One field of a packed quantizer in every lane."""
+    return splat(load(buffer, const(field)), lanes)
+
+
+def to_codes(real: Expr, quant: Buffer, lanes: int) -> Expr:
+    """float32 in units of the output's scale -> codes: round half to even, add the zero point, clamp, to uint8."""
+    value = T.nearbyint(real) + quantizer(quant, ZERO, lanes)
+    value = T.Min(T.Max(value, quantizer(quant, LOW, lanes)), quantizer(quant, HIGH, lanes))
+    return cast("uint8", cast("int32", value, lanes), lanes)
+
+
+def centred(codes: Expr, quant: Buffer, lanes: int) -> Expr:
+    """uint8 codes -> code - zero point, exact in float32."""
+    return cast("float32", cast("int32", codes, lanes), lanes) - quantizer(quant, ZERO, lanes)
+
+
+def real_value(codes: Expr, quant: Buffer, lanes: int) -> Expr:
+    """uint8 codes -> float32 real values."""
+    return fence(centred(codes, quant, lanes) * quantizer(quant, SCALE, lanes), lanes)
+
+
+# Byte dot products ---------------------------------------------------------------------------------------------------
+
+
+def dot_weights(dot: Dot, weights: Expr) -> list[Expr]:
+    """int8 [lanes * 4] -> what `dot_step` multiplies with, bound once and used for many pixels."""
+    n = dot.lanes
+    if dot.instruction == "vpdpbusd":
+        return [T.Bind(weights)]
+    if dot.instruction == "pmaddwd":
+        pairs = T.Bind(T.reinterpret(typed("int16", 2 * n), weights))
+        eight = splat_const(8, "int16", 2 * n)
+        even = T.shift_right(T.shift_left(pairs, eight), eight)
+        return [T.Bind(even), T.Bind(T.shift_right(pairs, eight))]
+    quads = T.Bind(T.reinterpret(typed("int32", n), weights))
+    sign = splat_const(24, "int32", n)
+    parts = [T.shift_left(quads, splat_const(24 - 8 * i, "int32", n)) for i in range(GROUP)]
+    return [T.Bind(T.shift_right(part, sign)) for part in parts]
+
+
+def dot_inputs(dot: Dot, codes: Expr) -> list[Expr]:
+    """uint8 [4] -> the same four codes in every lane, in the form that `dot_step` multiplies."""
+    n = dot.lanes
+    if dot.instruction == "none":
+        quad = T.Bind(T.reinterpret("int32", codes))
+        parts = [T.bitwise_and(T.shift_right(quad, const(8 * i)), const(255)) for i in range(GROUP)]
+        return [T.Bind(splat(part, n)) for part in parts]
+    quads = T.Bind(T.Broadcast(T.reinterpret("int32", codes), n))
+    if dot.instruction == "vpdpbusd":
+        return [T.Bind(T.reinterpret(typed("int8", 4 * n), quads))]
+    low = splat_const(0x00FF00FF, "int32", n)
+    odd = T.bitwise_and(T.shift_right(quads, splat_const(8, "int32", n)), low)
+    return [T.Bind(T.reinterpret(typed("int16", 2 * n), part)) for part in (T.bitwise_and(quads, low), odd)]
+
+
+def dot_step(dot: Dot, acc: Expr, inputs: list[Expr], weights: list[Expr]) -> Expr:
+    """int32 [lanes] + the sum over 4 bytes of input * weight; exact."""
+    n = dot.lanes
+    if dot.instruction == "vpdpbusd":
+        return T.call_llvm_pure_intrin(typed("int32", n), f"llvm.x86.avx512.vpdpbusd.{32 * n}", acc, *inputs, *weights)
+    if dot.instruction == "pmaddwd":
+        name = "llvm.x86.avx512.pmaddw.d.512" if n == 16 else "llvm.x86.avx2.pmadd.wd"
+        for x, w in zip(inputs, weights, strict=True):
+            acc = acc + T.call_llvm_pure_intrin(typed("int32", n), name, x, w)
+        return acc
+    for x, w in zip(inputs, weights, strict=True):
+        acc = acc + x * w
+    return acc

@@ -1,0 +1,104 @@
+"""Target file -> LLVM target: processor and features checked against LLVM's own lists, and its 8-bit dot product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.target import Target as TvmTarget
+from tvm.target import codegen
+
+from qdeploy.errors import CompileError, RecipeError
+from qdeploy.target import CPUINFO_FLAGS, HOST, Target, machine_flags, missing_features
+
+TRIPLES = {"x86_64": "x86_64-linux-gnu"}
+
+
+@dataclass(frozen=True)
+class Dot:
+    """How a target multiplies 4 unsigned by 4 signed bytes into each 32-bit lane.
+
+    `instruction`: vpdpbusd (one step), pmaddwd (bytes widened to 16 bits, two steps, exact) or none (plain multiplies).
+    `lanes` output channels share a vector; `registers` vectors hold accumulators, weights and inputs.
+    """
+
+    instruction: str
+    lanes: int
+    registers: int
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked target: what TVM gets, what the artifact records, how its kernels multiply."""
+
+    target: Target
+    cpu: str
+    tvm: Any  # tvm.target.Target
+    features: tuple[str, ...]  # instruction sets that the code may use, LLVM's names, sorted
+    dot: Dot
+
+
+def resolve(target: Target) -> Resolved:
+    """Check `target` with LLVM; raises RecipeError for a cpu or feature that it does not know.
+
+    Cpu "host" becomes LLVM's name of this machine less the features that this machine hides (as virtual ones do).
+    """
+    triple = TRIPLES[target.arch]
+    cpu, features = target.cpu, list(target.features)
+    if cpu == HOST:
+        cpu = str(codegen.llvm_get_system_cpu())
+        if not machine_flags():
+            raise CompileError('cpu = "host" needs /proc/cpuinfo to know this machine: name a cpu in the target file')
+        features = [f"-{name}" for name in missing_features(_required(_features(triple, cpu, [])))] + features
+    if not codegen.llvm_is_valid_cpu(cpu, triple):
+        known = sorted(str(name) for name in codegen.llvm_get_cpu_archlist(_tvm_target(triple, "x86-64", [])))
+        raise RecipeError(f"target {target.name}: LLVM knows no {target.arch} cpu {cpu!r}: choose {_near(cpu, known)}")
+    for feature in target.features:
+        name = feature.lstrip("+-")
+        if name not in CPUINFO_FLAGS:
+            raise RecipeError(
+                f"target {target.name}: feature {feature!r} is unknown: choose {_near(name, CPUINFO_FLAGS)}"
+            )
+    found = _features(triple, cpu, features)
+    for feature in target.features:
+        if (feature.lstrip("+-") in found) == feature.startswith("-"):
+            raise RecipeError(f"target {target.name}: LLVM does not take feature {feature!r} for cpu {cpu}")
+    if "64bit" not in found or "sse2" not in found:
+        raise RecipeError(f"target {target.name}: cpu {cpu} is not a 64-bit processor")
+    return Resolved(target, cpu, _tvm_target(triple, cpu, features), tuple(_required(found)), choose_dot(found))
+
+
+def _tvm_target(triple: str, cpu: str, features: list[str]) -> Any:
+    value: dict[str, Any] = {"kind": "llvm", "mtriple": triple, "mcpu": cpu}
+    if features:
+        value["mattr"] = [f if f[0] in "+-" else f"+{f}" for f in features]
+    return TvmTarget(value)
+
+
+def _features(triple: str, cpu: str, features: list[str]) -> set[str]:
+    return {str(name) for name in codegen.llvm_get_cpu_features(_tvm_target(triple, cpu, features))}
+
+
+def _required(features: set[str]) -> list[str]:
+    """Those of LLVM's features that are instruction sets a compiler uses unasked (the rest are tuning hints)."""
+    return sorted(features & set(CPUINFO_FLAGS))
+
+
+def _near(name: str, known: Any) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), 5, 0.4) or sorted(known)[:8]
+    return "one of " + ", ".join(close) + ", ..."
+
+
+def choose_dot(features: set[str]) -> Dot:
+    """The best exact byte dot product that `features` have."""
+    if {"avx512f", "avx512bw", "avx512vnni"} <= features:
+        return Dot("vpdpbusd", 16, 32)
+    if {"avx512f", "avx512bw"} <= features:
+        return Dot("pmaddwd", 16, 32)
+    if {"avx2", "avxvnni"} <= features:
+        return Dot("vpdpbusd", 8, 16)
+    if "avx2" in features:
+        return Dot("pmaddwd", 8, 16)
+    return Dot("none", 4, 16)

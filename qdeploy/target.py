@@ -1,0 +1,102 @@
+"""Target: what a model is compiled for, parsed from targets/*.toml, and whether this machine has what it needs."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from qdeploy.errors import RecipeError
+from qdeploy.files import read_bytes
+
+KINDS = ("llvm",)
+ARCHS = ("x86_64",)
+HOST = "host"  # a `cpu` that stands for the machine that compiles; the artifact records which one it was
+
+# LLVM's name of an instruction set -> its flag in /proc/cpuinfo. Only sets that a compiler may use unasked.
+CPUINFO_FLAGS = {
+    "adx": "adx", "aes": "aes", "avx": "avx", "avx2": "avx2", "avx512bf16": "avx512_bf16",
+    "avx512bitalg": "avx512_bitalg", "avx512bw": "avx512bw", "avx512cd": "avx512cd", "avx512dq": "avx512dq",
+    "avx512f": "avx512f", "avx512fp16": "avx512_fp16", "avx512ifma": "avx512ifma", "avx512vbmi": "avx512vbmi",
+    "avx512vbmi2": "avx512_vbmi2", "avx512vl": "avx512vl", "avx512vnni": "avx512_vnni",
+    "avx512vpopcntdq": "avx512_vpopcntdq", "avxifma": "avx_ifma", "avxvnni": "avx_vnni", "avxvnniint8": "avx_vnni_int8",
+    "bmi": "bmi1", "bmi2": "bmi2", "cx16": "cx16", "f16c": "f16c", "fma": "fma", "fma4": "fma4", "gfni": "gfni",
+    "lzcnt": "abm", "movbe": "movbe", "pclmul": "pclmulqdq", "popcnt": "popcnt", "sha": "sha_ni", "sse": "sse",
+    "sse2": "sse2", "sse3": "pni", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "sse4a": "sse4a", "ssse3": "ssse3",
+    "tbm": "tbm", "vaes": "vaes", "vpclmulqdq": "vpclmulqdq", "xop": "xop",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device class.
+
+    `cpu` is LLVM's name of the processor or "host"; `features` adds (`avx512vnni`) or removes (`-avx512f`) instruction
+    sets. The names of both are checked against LLVM's own lists by qdeploy.compile: LLVM only warns and falls back.
+    """
+
+    name: str
+    arch: str
+    kind: str
+    cpu: str
+    features: tuple[str, ...] = ()
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise RecipeError(f"target {self.name}: kind {self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
+        if self.arch not in ARCHS:
+            raise RecipeError(f"target {self.name}: arch {self.arch!r} is unknown: choose one of {', '.join(ARCHS)}")
+        if not self.name or not self.cpu:
+            raise RecipeError("a target needs a name and a cpu")
+
+
+def parse_target(data: bytes, what: str = "the target file") -> Target:
+    """TOML bytes -> Target; RecipeError names an unknown key, a missing key or a wrong type."""
+    try:
+        table = tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise RecipeError(f"{what} is not valid TOML: {e}") from e
+    allowed = [f.name for f in fields(Target)]
+    if unknown := sorted(set(table) - set(allowed)):
+        raise RecipeError(f"{what}: unknown key {unknown[0]!r}: the keys are {', '.join(allowed)}")
+    if missing := [name for name in ("name", "arch", "kind", "cpu") if name not in table]:
+        raise RecipeError(f"{what}: key {missing[0]!r} is missing: the keys are {', '.join(allowed)}")
+    values: dict[str, Any] = dict(table)
+    for key, value in table.items():
+        if key == "features":
+            if not (isinstance(value, list) and all(isinstance(item, str) and item for item in value)):
+                raise RecipeError(f"{what}: features is a list of strings, not {value!r}")
+            values[key] = tuple(value)
+        elif not isinstance(value, str):
+            raise RecipeError(f"{what}: {key} is a string, not {value!r}")
+    return Target(**values)
+
+
+def load_target(path: Path) -> Target:
+    """Read a target file; RecipeError when it is missing or wrong."""
+    return parse_target(read_bytes(path, "the target file", RecipeError), str(path))
+
+
+def machine_flags() -> frozenset[str]:
+    """Flags of this machine's first processor in /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def missing_features(required: Iterable[str], flags: Iterable[str] | None = None) -> list[str]:
+    """Those of `required` (LLVM's names) that this machine, or one with the cpuinfo `flags`, does not have, sorted.
+
+    A name that is not in CPUINFO_FLAGS counts as missing: it cannot be checked.
+    """
+    have = frozenset(flags) if flags is not None else machine_flags()
+    return sorted({name for name in required if CPUINFO_FLAGS.get(name) not in have})

@@ -1,0 +1,187 @@
+"""Loading: fresh processes agree, damaged or foreign artifacts and wrong parameters are refused by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qdeploy.compile import artifact as module
+from qdeploy.compile.artifact import load_artifact
+from qdeploy.compile.pipeline import compile_model
+from qdeploy.errors import CompileError, DeviceError
+from qdeploy.export.write import qdq_bytes
+from qdeploy.files import canonical_json
+from qdeploy.frozen import FrozenNet
+from qdeploy.integer import dequantize
+from qdeploy.qdq import arrays, parse_model
+from qdeploy.target import load_target
+from tests.nets_frozen import ladder_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def nets() -> list[FrozenNet]:
+    return ladder_of(2, (2, 4), width=4, size=6, blocks=1)
+
+
+@pytest.fixture(scope="module")
+def compiled(nets: list[FrozenNet], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("artifact")
+    (folder / "m.onnx").write_bytes(qdq_bytes(nets[0]))
+    compile_model(folder / "m.onnx", load_target(ROOT / "targets" / "x86-64.toml"), folder / "a")
+    return folder / "a"
+
+
+@pytest.fixture
+def copy(compiled: Path, tmp_path: Path) -> Path:
+    for path in compiled.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def params_of(net: FrozenNet) -> dict[str, np.ndarray]:
+    return arrays(parse_model(qdq_bytes(net)))
+
+
+def images_of(net: FrozenNet) -> np.ndarray:
+    return dequantize(net.golden[net.input], net.activations[net.input].quantizer)
+
+
+def edit(folder: Path, **changes: object) -> None:
+    head = json.loads((folder / "artifact.json").read_bytes())
+    (folder / "artifact.json").write_bytes(canonical_json(head | changes))
+
+
+def test_a_fresh_process_without_compiler_parts_agrees(compiled: Path, nets: list[FrozenNet], tmp_path: Path) -> None:
+    np.savez(tmp_path / "p.npz", **params_of(nets[0]))
+    np.save(tmp_path / "x.npy", images_of(nets[0])[:1])
+    script = """
+import sys
+from pathlib import Path
+import numpy as np
+from qdeploy.compile.artifact import load_artifact
+assert "tvm" not in sys.modules
+folder, work = Path(sys.argv[1]), Path(sys.argv[2])
+artifact = load_artifact(folder)
+assert "onnx" not in sys.modules
+packed = artifact.prepare(dict(np.load(work / "p.npz")))
+np.save(work / "y.npy", artifact.codes(np.load(work / "x.npy"), packed))
+"""
+    subprocess.run([sys.executable, "-c", script, str(compiled), str(tmp_path)], check=True, cwd=ROOT)
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), nets[0].golden[nets[0].output][:1])
+
+
+def test_levels_run_side_by_side_from_threads(compiled: Path, nets: list[FrozenNet]) -> None:
+    loaded = load_artifact(compiled)
+    packed = [loaded.prepare(params_of(net)) for net in nets]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        net = nets[i]
+        for _ in range(20):
+            for image, want in zip(images_of(net), net.golden[net.output], strict=True):
+                if not np.array_equal(loaded.codes(image[None], packed[i])[0], want):
+                    wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert packed[0].nbytes == packed[1].nbytes > 0
+
+
+def test_a_new_artifact_at_an_old_path_is_the_new_one(compiled: Path, copy: Path, nets: list[FrozenNet]) -> None:
+    """dlopen remembers paths: a second model compiled into the same folder must not run the first one's code."""
+    load_artifact(copy)
+    net = ladder_of(9, (2,), width=3, size=5, blocks=1, channels=1)[0]
+    (copy / "m.onnx").write_bytes(qdq_bytes(net))
+    compile_model(copy / "m.onnx", load_target(ROOT / "targets" / "x86-64.toml"), copy, force=True)
+    loaded = load_artifact(copy)
+    codes = loaded.codes(images_of(net)[:1], loaded.prepare(params_of(net)))
+    np.testing.assert_array_equal(codes, net.golden[net.output][:1])
+
+
+def test_wrong_parameters_are_refused_by_name(compiled: Path, nets: list[FrozenNet]) -> None:
+    loaded, params = load_artifact(compiled), params_of(nets[0])
+    without = {k: v for k, v in params.items() if k != "stem.weight"}
+    with pytest.raises(DeviceError, match="parameter stem.weight is missing: this artifact needs int8"):
+        loaded.prepare(without)
+    with pytest.raises(DeviceError, match="parameter fc.bias is int64"):
+        loaded.prepare(params | {"fc.bias": params["fc.bias"].astype(np.int64)})
+    with pytest.raises(DeviceError, match=r"parameter fc.weight is int8 \[10, 3\]"):
+        loaded.prepare(params | {"fc.weight": params["fc.weight"][:, :3]})
+    packed = loaded.prepare(params)
+    with pytest.raises(DeviceError, match=r"give float32 \[1, 3, 6, 6\]"):
+        loaded.run(images_of(nets[0]), packed)
+    with pytest.raises(DeviceError, match="float64"):
+        loaded.run(images_of(nets[0])[:1].astype(np.float64), packed)
+    with pytest.raises(DeviceError, match="another artifact"):
+        load_artifact(compiled).run(images_of(nets[0])[:1], packed)
+
+
+@pytest.mark.parametrize("name", ["lib.so", "artifact.json"])
+@pytest.mark.parametrize("damage", ["truncated", "edited", "gone"])
+def test_damage_is_refused(copy: Path, name: str, damage: str) -> None:
+    data = bytearray((copy / name).read_bytes())
+    if damage == "gone":
+        (copy / name).unlink()
+    else:
+        data[len(data) // 2] ^= 64
+        (copy / name).write_bytes(data[:-7] if damage == "truncated" else data)
+    if name == "artifact.json" and damage == "edited":
+        edit_head_somewhere_else(copy, bytes(data))
+    with pytest.raises((CompileError, DeviceError)):
+        load_artifact(copy)
+
+
+def edit_head_somewhere_else(folder: Path, data: bytes) -> None:
+    """A flipped bit inside a name would be harmless text; flip the library's digest instead."""
+    text = data.replace(b'"lib.so":"', b'"lib.so":"0')
+    (folder / "artifact.json").write_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"format": "qdeploy-artifact/2"}, CompileError, "format 'qdeploy-artifact/2'"),
+        ({"files": {"../lib.so": "0" * 64}}, CompileError, "its files are not just lib.so"),
+        ({"extra": 1}, CompileError, "its keys are not"),
+        ({"params": [{"name": 1, "dtype": "int8", "shape": []}]}, CompileError, "params has a wrong type"),
+        ({"inputs": []}, CompileError, "inputs is not a list of the right length"),
+        ({"target": {"name": "t"}}, CompileError, "no list of features"),
+        ({"target": {"name": "t", "features": ["avx2", "quantum"]}}, DeviceError, "cpu lacks quantum, which target t"),
+        ({"versions": {"apache-tvm": "9.1"}}, DeviceError, "compiled by apache-tvm 9.1"),
+    ],
+)
+def test_wrong_descriptions_are_refused(copy: Path, changes: dict, error: type, message: str) -> None:
+    edit(copy, **changes)
+    with pytest.raises(error, match=message):
+        load_artifact(copy)
+
+
+def test_a_machine_without_the_instructions_gets_one_line(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdeploy.target.machine_flags", lambda: frozenset({"sse", "sse2"}))
+    with pytest.raises(DeviceError, match="this machine's cpu lacks avx, avx2"):
+        load_artifact(compiled)
+
+
+def test_description_and_library_that_do_not_belong_together(copy: Path, nets: list[FrozenNet]) -> None:
+    head = json.loads((copy / "artifact.json").read_bytes())
+    edit(copy, params=head["params"][1:])
+    with pytest.raises(DeviceError, match="the artifact cannot run"):
+        load_artifact(copy).prepare(params_of(nets[0]))
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="is not an artifact folder"):
+        load_artifact(tmp_path / "none")
+    assert module.FORMAT == "qdeploy-artifact/1"

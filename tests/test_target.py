@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qdeploy.errors import RecipeError
+from qdeploy.target import CPUINFO_FLAGS, load_target, machine_flags, missing_features, parse_target
+
+TARGETS = Path(__file__).parents[1] / "targets"
+GOOD = 'name = "a"\narch = "x86_64"\nkind = "llvm"\ncpu = "haswell"\n'
+
+
+def test_shipped_targets_are_named_after_their_files() -> None:
+    paths = sorted(TARGETS.glob("*.toml"))
+    assert {p.stem for p in paths} >= {"host", "x86-64", "x86-64-avx512"}
+    for path in paths:
+        assert load_target(path).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "opt = 3\n", "unknown key 'opt': the keys are name, arch, kind, cpu, features, description"),
+        (GOOD + "cpu = 3\n", "not valid TOML"),
+        (GOOD.replace('"haswell"', "3"), "cpu is a string, not 3"),
+        (GOOD + "features = 'avx2'\n", "features is a list of strings"),
+        (GOOD + "features = ['']\n", "features is a list of strings"),
+        (GOOD.replace("llvm", "cuda"), "kind 'cuda' is unknown: choose one of llvm"),
+        (GOOD.replace("x86_64", "z80"), "arch 'z80' is unknown"),
+        ('name = "a"\n', "key 'arch' is missing"),
+        (GOOD.replace("haswell", ""), "a name and a cpu"),
+    ],
+)
+def test_wrong_files_are_refused(text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_target(text.encode())
+
+
+def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot read the target file"):
+        load_target(tmp_path / "none.toml")
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_parse_or_raise(data: bytes) -> None:
+    with pytest.raises(RecipeError):
+        parse_target(data)
+
+
+def test_missing_features() -> None:
+    assert missing_features(["avx2", "sse4.2", "lzcnt"], ["avx2", "sse4_2", "abm"]) == []
+    assert missing_features(["avx512vnni", "avx2"], ["avx2"]) == ["avx512vnni"]
+    assert missing_features(["quantum"], CPUINFO_FLAGS.values()) == ["quantum"]
+    assert missing_features([]) == []
+    assert "fpu" in machine_flags() or not Path("/proc/cpuinfo").exists() or not machine_flags()
