@@ -27,6 +27,7 @@ from qdeploy.compile.emit import (
     dot_step,
     dot_weights,
     load,
+    local,
     loop,
     prim_func,
     splat,
@@ -152,15 +153,15 @@ def finish(spec: ConvSpec, acc: Expr, channel: Expr, valid: int, offset: Expr, b
     if valid == lanes:
         store(y, codes, offset, lanes)
         return
-    part = T.alloc_buffer((lanes,), "uint8", scope="local")
+    part = local(lanes, "uint8")
     store(part, codes, 0, lanes)
     for i in range(valid):
         store(y, load(part, i), offset + i)
 
 
 def accumulators(count: int, lanes: int) -> list[Buffer]:
-    """One buffer a vector: TVM takes a local buffer above 1 KiB from the heap, and LLVM keeps these in registers."""
-    return [T.alloc_buffer((lanes,), "int32", scope="local") for _ in range(count)]
+    """One buffer a vector, so that each can be a register."""
+    return [local(lanes, "int32") for _ in range(count)]
 
 
 def correct(
@@ -174,7 +175,7 @@ def correct(
     integers, x = buffers[0], buffers[4]
     step = spec.window.stride[1] * spec.x.channels
     with T.If(load(integers, const(2 * spec.padded)) != const(0)), T.Then():
-        sums = T.alloc_buffer((pixels,), "int32", scope="local")
+        sums = local(pixels, "int32")
 
         def pixel(m: Expr) -> None:
             store(sums, const(0), m)

@@ -52,6 +52,11 @@ def store(buffer: Buffer, value: Expr, offset: Expr, lanes: int = 1) -> None:
     T.buffer_store(buffer, value, [offset if lanes == 1 else T.Ramp(offset, 1, lanes)])
 
 
+def local(count: int, dtype: str) -> Buffer:
+    """A buffer on the stack, which LLVM keeps in registers where it can; TVM would otherwise take it from the heap."""
+    return T.alloc_buffer((count,), dtype, scope="local", annotations={"disable_lower_builtin": True})
+
+
 def loop(count: int, body: Callable[[Expr], None]) -> None:
     """`body(i)` for i below `count`; no loop where there is but one turn."""
     if count == 1:

@@ -44,6 +44,8 @@ PHASES: list[Phase] = [
         ],
     ),
 ]
+# Storage rewriting would merge the kernels' register buffers and take them from the heap again (emit.local).
+OPTIONS = {"tirx.disable_storage_rewrite": True}
 LINK_OPTIONS = ["-s", "-Wl,--build-id=none", "-Wl,-z,relro,-z,now"]  # no names of temporary files, no stamps
 
 
@@ -85,13 +87,13 @@ def build(graph: Graph, resolved: Resolved, dump: Path | None = None) -> Built:
         module = lower(graph, resolved.dot)
         write_dump(dump, "0-relax", module)
         arena = 0
-        with resolved.tvm:
+        with resolved.tvm, tvm.transform.PassContext(opt_level=3, config=OPTIONS):
             for name, passes in PHASES:
                 module = tvm.transform.Sequential([make() for make in passes])(module)
                 write_dump(dump, name, module)
                 if name == "2-memory":
                     arena = planned_bytes(module["main"])
-        executable = relax.build(module, target=resolved.tvm, relax_pipeline=None)
+            executable = relax.build(module, target=resolved.tvm, relax_pipeline=None)
         return Built(link(executable), arena)
     except (RuntimeError, ValueError, TypeError) as e:
         reason = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__

@@ -21,6 +21,7 @@ from qdeploy.compile.emit import (
     chunks,
     const,
     load,
+    local,
     loop,
     prim_func,
     quantizer,
@@ -51,10 +52,10 @@ def quantize_kernel(name: str, shape: tuple[int, ...], y: Layout, lanes: int) ->
                     if n == 1 or y.channels == 1:
                         store(out, codes, target + w * y.channels, n)
                         return
-                    local = T.alloc_buffer((n,), "uint8", scope="local")
-                    store(local, codes, 0, n)
+                    buffered = local(n, "uint8")
+                    store(buffered, codes, 0, n)
                     for i in range(n):
-                        store(out, load(local, i), target + (w + i) * y.channels)
+                        store(out, load(buffered, i), target + (w + i) * y.channels)
 
                 chunks(y.width, lanes, part)
 
@@ -167,7 +168,7 @@ def put(spec: PoolSpec, out: Buffer, codes: Expr, at: Expr, valid: int) -> None:
     if valid == spec.lanes:
         store(out, codes, at, spec.lanes)
         return
-    part = T.alloc_buffer((spec.lanes,), "uint8", scope="local")
+    part = local(spec.lanes, "uint8")
     store(part, codes, 0, spec.lanes)
     for i in range(valid):
         store(out, load(part, i), at + i)
@@ -181,7 +182,7 @@ def max_pool_kernel(name: str, spec: PoolSpec) -> tirx.PrimFunc:
         fill_border(y, spec.y, quant)
 
         def one(h: Expr, w: Expr, c: Expr, valid: int) -> None:
-            best = T.alloc_buffer((lanes,), "uint8", scope="local")
+            best = local(lanes, "uint8")
             store(best, splat_const(0, "uint8", lanes), 0, lanes)
 
             def code(at: Expr) -> None:
@@ -219,7 +220,7 @@ def average_pool_kernel(name: str, spec: PoolSpec, count_padding: bool) -> tirx.
         zero = splat(cast("int32", load(quant_x, const(ZERO)), 1), lanes)
 
         def one(h: Expr, w: Expr, c: Expr, valid: int) -> None:
-            acc = T.alloc_buffer((lanes,), "int32", scope="local")
+            acc = local(lanes, "int32")
             store(acc, splat_const(0, "int32", lanes), 0, lanes)
 
             def code(at: Expr) -> None:

@@ -1,0 +1,61 @@
+"""profile: everything that one level costs on this machine, as JSON and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qdeploy.profile.bitops import bitops, read_values
+from qdeploy.profile.latency import load_pair, measure
+from qdeploy.profile.memory import memory
+
+
+def profile(artifact: Path, onnx_path: Path, repeats: int = 30) -> dict[str, Any]:
+    """Latency of `artifact` running level `onnx_path` and of ONNX Runtime, BitOPs, memory.
+
+    `latency`'s keys, and "target", "bitops" ({"layers", "total"}), "memory" ({name: measure}); numbers say their unit
+    and whether they are measured or predicted. Raises ModelError, CompileError or DeviceError for what cannot be used.
+    """
+    loaded, packed, model = load_pair(artifact, onnx_path)
+    graph, values = read_values(onnx_path)
+    cost = memory(graph, values, loaded.arena_bytes, packed.nbytes)
+    head = {"target": loaded.description["target"], "bitops": bitops(onnx_path), "memory": cost.to_json()}
+    return head | measure(loaded, packed, model, repeats)
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    """One line about a machine."""
+    governor = f", governor {machine['governor']}" if machine["governor"] else ""
+    return f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']}{governor}; one thread, batch 1"
+
+
+def latency_lines(found: Mapping[str, Any]) -> list[str]:
+    """Both runtimes and their ratio."""
+    lines = []
+    for key, label in (("artifact", "compiled artifact"), ("onnxruntime", "ONNX Runtime")):
+        row = found[key]
+        low, high = row["quartiles"]
+        lines.append(f"{label:18} {row['median']:9.3f} ms   quartiles {low:.3f} .. {high:.3f}, {row['rounds']} rounds")
+    ratio = found["ratio"]
+    low, high = ratio["quartiles"]
+    lines.append(
+        f"{'ratio':18} {ratio['median']:9.2f}      quartiles {low:.2f} .. {high:.2f}; below 1 the artifact is faster"
+    )
+    return lines
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """A profile as text for a terminal."""
+    total, sizes = found["bitops"]["total"], found["memory"]
+    lines = [machine_line(found["machine"]), f"target {found['target']['name']} ({found['target']['cpu']})", ""]
+    lines += [*latency_lines(found), f"largest difference of the outputs: {found['largest_difference']:.3g}", ""]
+    lines.append("layer                          macs        W x A bits        BitOPs")
+    for row in found["bitops"]["layers"]:
+        bits = f"{row['weight_bits']} x {row['activation_bits']}"
+        lines.append(f"{row['layer']:24} {row['macs']:>12,} {bits:>12} {row['bitops']:>16,}")
+    lines.append(f"{'total':24} {total['macs']['value']:>12,} {'':12} {total['bitops']['value']:>16,}")
+    lines += [f"complexity (BitOPs / 64): {total['complexity']['value']:,.0f} multiply-adds", ""]
+    for name, row in sizes.items():
+        lines.append(f"{name.replace('_', ' '):18} {row['value']:>12,} bytes ({row['source']})")
+    return "\n".join(lines)
