@@ -8,7 +8,7 @@ export PYTHON TORCH_INDEX
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test check bench
+.PHONY: help demo test check bench models
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test    every test"
 	@echo "make check   ruff check, ruff format --check, mypy"
 	@echo "make bench   the benchmarks of tools/, one after the other"
+	@echo "make models  remake the shipped checkpoint and its card (hours; DATA_DIR=folder of the full dataset)"
 	@echo
 	@echo "The first of them sets up $(VENV): 2 GB of disk and 1 to 5 minutes with a CPU build of torch; the default"
 	@echo "index of Linux on x86 brings a CUDA build, gigabytes more. It needs Python 3.11, 3.12 or 3.13 with venv, and the network."
@@ -48,3 +49,6 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for script in $(sort $(wildcard tools/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+
+models: $(STAMP)
+	$(BIN)/python tools/model_card.py models/fashion-resnet8.toml $(if $(DATA_DIR),--data-dir $(DATA_DIR))

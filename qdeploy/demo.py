@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from qdeploy.files import canonical_json, write_atomic
 from qdeploy.frozen import save_frozen
 from qdeploy.inspect import describe
 from qdeploy.ladder import read_ladder
+from qdeploy.profile.latency import machine
 from qdeploy.profile.report import profile
 from qdeploy.serve.app import serving
 from qdeploy.serve.byte_log import Sent, read_byte_log
@@ -197,20 +197,6 @@ def fetched_twice(rows: list[Sent]) -> int:
         again += int(counts[row.start : end].sum())
         counts[row.start : end] = 1
     return again
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    ]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(names),
-        "python": platform.python_version(),
-    }
 
 
 def demo(out: Path, echo: Echo) -> dict[str, Any]:

@@ -7,6 +7,7 @@ images). Each phase resumes from its checkpoint; a finished phase is not run aga
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +57,19 @@ def new_quantized(recipe: Recipe, network: nn.Module, image_shape: tuple[int, ..
 
 
 @torch.no_grad()
-def accuracy(net: QuantNet, spec: SubnetSpec, data: Dataset, batch: int = 500) -> float:
+def top1(predict: Callable[[Tensor], Tensor], data: Dataset, batch: int = 500) -> float:
+    """Top-1 accuracy in per cent of `predict`, images [n, C, H, W] in [0, 1] -> logits [n, classes]."""
+    right = 0
+    for i in range(0, len(data.labels), batch):
+        output = predict(as_input(data.images[i : i + batch]))
+        right += int((output.argmax(1) == torch.from_numpy(data.labels[i : i + batch])).sum())
+    return 100.0 * right / len(data.labels)
+
+
+def accuracy(net: QuantNet, spec: SubnetSpec, data: Dataset) -> float:
     """Top-1 accuracy in per cent of the simulation under `spec`."""
     net.eval()
-    right = 0
-    for i in range(0, len(data.labels), batch):
-        output = net(as_input(data.images[i : i + batch]), spec)
-        right += int((output.argmax(1) == torch.from_numpy(data.labels[i : i + batch])).sum())
-    return 100.0 * right / len(data.labels)
-
-
-@torch.no_grad()
-def float_accuracy(network: nn.Module, data: Dataset, batch: int = 500) -> float:
-    """Top-1 accuracy in per cent of the float backbone."""
-    network.eval()
-    right = 0
-    for i in range(0, len(data.labels), batch):
-        output: Tensor = network(as_input(data.images[i : i + batch]))
-        right += int((output.argmax(1) == torch.from_numpy(data.labels[i : i + batch])).sum())
-    return 100.0 * right / len(data.labels)
+    return top1(lambda images: net(images, spec), data)
 
 
 def write_recipe(run: Path, recipe: Recipe) -> None:
@@ -103,7 +98,7 @@ def train(
     else:
         _, tensors = load_checkpoint(float_from)
         load_module(network, tensors, "model/", str(float_from))
-    report: dict[str, Any] = {"float": float_accuracy(network, test)}
+    report: dict[str, Any] = {"float": top1(network.eval(), test)}
     echo(f"float: {report['float']:.2f}% on {len(test.labels)} test images")
     net = new_quantized(recipe, network, test.images.shape[1:])
     run_phase(Vertical(net, recipe.quantized_phase, recipe.quantization), recipe, data, run, echo)
