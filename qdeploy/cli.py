@@ -192,6 +192,9 @@ def compile_(model: Path, target: Path, out: Path, dump: Path | None, force: boo
 @as_json
 def profile(artifact: Path, model: Path, repeats: int, as_json: bool) -> None:
     """Latency of ARTIFACT and of ONNX Runtime side by side, BitOPs, weight bytes, planned peak memory."""
+    from qdeploy.selftest import check_tvm
+
+    check_tvm()
     from qdeploy.profile.report import profile as measure
     from qdeploy.profile.report import render
 
@@ -286,6 +289,9 @@ def fetch(dataset: str, out: Path) -> None:
 @as_json
 def demo(out: Path, as_json: bool) -> None:
     """The whole pipe on the shipped model: subnets, export, bundle, compile, profile, serve, climb under inference."""
+    from qdeploy.selftest import check_tvm
+
+    check_tvm()
     from qdeploy.demo import demo as run
     from qdeploy.demo import render
 
