@@ -8,7 +8,7 @@ export PYTHON TORCH_INDEX
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test check bench models
+.PHONY: help demo test check bench bench-compile models
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test    every test"
 	@echo "make check   ruff check, ruff format --check, mypy"
 	@echo "make bench   the benchmarks of tools/, one after the other"
+	@echo "make bench-compile   compiled networks beside ONNX Runtime and OpenVINO (BENCH='--data-dir DIR --networks ...')"
 	@echo "make models  remake the shipped checkpoint and its card (hours; DATA_DIR=folder of the full dataset)"
 	@echo
 	@echo "The first of them sets up $(VENV): 2 GB of disk and 1 to 5 minutes with a CPU build of torch; the default"
@@ -52,3 +53,11 @@ bench: $(STAMP)
 
 models: $(STAMP)
 	$(BIN)/python tools/model_card.py models/fashion-resnet8.toml $(if $(DATA_DIR),--data-dir $(DATA_DIR))
+
+# OpenVINO is for this comparison only
+$(VENV)/.bench-installed: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
+bench-compile: $(VENV)/.bench-installed
+	$(BIN)/python tools/bench_compile.py $(BENCH)

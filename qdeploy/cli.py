@@ -18,6 +18,12 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+def fail(ctx: click.Context, text: str) -> None:
+    """One line on standard error, exit code 2."""
+    click.echo(f"qdeploy: {' '.join(text.split())}", err=True)
+    ctx.exit(EXIT_BAD_INPUT)
+
+
 class Group(click.Group):
     """Prints our errors as one line and exits with 2, Ctrl-C with 130; anything else is a bug and shows itself."""
 
@@ -25,10 +31,14 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except QDeployError as e:
-            click.echo(f"qdeploy: {' '.join(str(e).split())}", err=True)
-            ctx.exit(EXIT_BAD_INPUT)
+            fail(ctx, str(e))
+        except click.UsageError as e:
+            name = e.ctx.command_path if e.ctx is not None else "qdeploy"
+            fail(ctx, f"{e.format_message()} (see `{name} --help`)")
+        except OSError as e:  # a path that cannot be looked at: too long, forbidden
+            fail(ctx, f"{e.filename or 'a file'}: {e.strerror or e}")
         except KeyboardInterrupt:
-            click.echo("qdeploy: interrupted; the same command goes on from here where it can resume", err=True)
+            click.echo("qdeploy: interrupted; train and pull resume, any other command begins again", err=True)
             ctx.exit(EXIT_INTERRUPTED)
 
 
@@ -65,7 +75,9 @@ def main() -> None:
 @click.argument("recipe", type=PATH)
 @option_out("Run folder; an unfinished run in it is resumed.")
 @data_dir
-@click.option("--threads", default=1, show_default=True, help="torch threads; one is bitwise repeatable.")
+@click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="torch threads; one is bitwise repeatable."
+)
 def train(recipe: Path, out: Path, data_dir: Path | None, threads: int) -> None:
     """Train the network of RECIPE (models/NAME.toml): float phase, then all widths together.
 
@@ -76,7 +88,7 @@ def train(recipe: Path, out: Path, data_dir: Path | None, threads: int) -> None:
     from qdeploy.recipe import load_recipe
     from qdeploy.train.run import train as run
 
-    torch.set_num_threads(max(1, threads))
+    torch.set_num_threads(threads)
     report = run(load_recipe(recipe), out, data_dir, say)
     click.echo(json.dumps(report))
 
@@ -106,10 +118,12 @@ def subnet(  # noqa: PLR0913, PLR0917
     from qdeploy.extract import choose_spec, extract_subnet
     from qdeploy.files import check_free
     from qdeploy.frozen import save_frozen
+    from qdeploy.subnet import check_integer
     from qdeploy.train.run import load_run
 
     check_free(out, force)
     recipe, net = load_run(run)
+    check_integer(net)
     chosen = choose_spec(net, bits, budget_kib, spec, nested_with)
     frozen = extract_subnet(recipe, net, chosen, data_dir)
     save_frozen(frozen, out, force)
@@ -140,7 +154,13 @@ def export(subnet_dir: Path, out: Path, force: bool) -> None:
 @click.option(
     "--artifact", "artifacts", type=PATH, multiple=True, help="Compiled artifact folder to ship (repeatable)."
 )
-@click.option("--release", default=1, show_default=True, help="Release number; devices refuse to go back.")
+@click.option(
+    "--release",
+    type=click.IntRange(1, 2**53 - 1),
+    default=1,
+    show_default=True,
+    help="Release number; devices refuse to go back.",
+)
 @option_out("Published tree.")
 @force
 def bundle(levels: tuple[Path, ...], artifacts: tuple[Path, ...], release: int, out: Path, force: bool) -> None:
@@ -188,7 +208,7 @@ def compile_(model: Path, target: Path, out: Path, dump: Path | None, force: boo
 @main.command()
 @click.argument("artifact", type=PATH)
 @click.option("--model", type=PATH, required=True, help="The QDQ ONNX level to run in it and in ONNX Runtime.")
-@click.option("--repeats", default=30, show_default=True, help="Interleaved rounds.")
+@click.option("--repeats", type=click.IntRange(1), default=30, show_default=True, help="Interleaved rounds.")
 @as_json
 def profile(artifact: Path, model: Path, repeats: int, as_json: bool) -> None:
     """Latency of ARTIFACT and of ONNX Runtime side by side, BitOPs, weight bytes, planned peak memory."""
@@ -205,7 +225,7 @@ def profile(artifact: Path, model: Path, repeats: int, as_json: bool) -> None:
 @main.command()
 @click.argument("root", type=PATH)
 @click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True, help="0 picks a free one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
 @click.option("--log", type=PATH, help="Append one JSON line a request: path, range, status, bytes sent.")
 def serve(root: Path, host: str, port: int, log: Path | None) -> None:
     """Serve the published tree ROOT over HTTP until Ctrl-C."""

@@ -29,7 +29,7 @@ from qdeploy.errors import DeviceError
 from qdeploy.export import export_onnx
 from qdeploy.export.parity import stock_session
 from qdeploy.extract import calibration_set
-from qdeploy.files import canonical_json, write_atomic
+from qdeploy.files import canonical_json, check_free, write_atomic
 from qdeploy.frozen import save_frozen
 from qdeploy.inspect import describe
 from qdeploy.ladder import read_ladder
@@ -200,15 +200,14 @@ def fetched_twice(rows: list[Sent]) -> int:
 
 
 def demo(out: Path, echo: Echo) -> dict[str, Any]:
-    """Run everything into `out` (replaced) and return the result; report.html and result.json are written there."""
+    """Run everything into `out` (replaced) and return the result; report.html and demo.json are written there."""
     from qdeploy.report.page import demo_page
 
     began = time.monotonic()
-    if out.exists() and not (out / "result.json").exists() and any(out.iterdir()):
-        raise DeviceError(f"{out} holds something else than a demo's output: choose another folder with -o")
+    out = check_free(out, force=True)
     shutil.rmtree(out, ignore_errors=True)
-    (out / "onnx").mkdir(parents=True)
-    write_atomic(out / "result.json", b"{}\n")  # marks the folder as ours from the start
+    write_atomic(out / "demo.json", b"{}\n")  # marks the folder as ours from the start, so that a rerun may replace it
+    (out / "onnx").mkdir()
     test = load("fashion-mnist", "test")
     sidecars = write_levels(out, echo)
     names = list(sidecars)
@@ -239,7 +238,7 @@ def demo(out: Path, echo: Echo) -> dict[str, Any]:
     }
     result["seconds"] = round(time.monotonic() - began, 1)
     write_atomic(out / "report.html", demo_page(result).encode())
-    write_atomic(out / "result.json", canonical_json(result))
+    write_atomic(out / "demo.json", canonical_json(result))
     return result
 
 

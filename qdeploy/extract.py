@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from qdeploy.allocate import allocate
@@ -36,6 +37,8 @@ def choose_spec(
             raise RecipeError(f"--bits {bits} was not trained: choose from {list(net.choice.widths)}")
         return net.uniform(bits)
     if budget_kib is not None:
+        if not (math.isfinite(budget_kib) and budget_kib > 0):
+            raise RecipeError(f"--budget-kib {budget_kib} is no size: give a positive number of KiB")
         low = None if nested_with is None else read_spec(nested_with)
         return allocate(net, int(budget_kib * 1024), low)
     assert spec is not None

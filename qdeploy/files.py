@@ -14,6 +14,8 @@ from typing import Any
 
 from qdeploy.errors import DeviceError, QDeployError
 
+MARKERS = ("release.json", "frozen.json", "artifact.json", "recipe.json", "demo.json")  # what our folders hold
+
 
 def sha256(data: bytes | memoryview) -> str:
     """Hex SHA-256 of `data`."""
@@ -77,24 +79,53 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
         raise DeviceError(f"cannot write {path}: {e.strerror or e}") from e
 
 
-def check_free(path: Path, force: bool = False) -> None:
-    """Raise DeviceError unless `new_folder` may write `path`: call it before long work that ends in one."""
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise DeviceError(f"{path} is a file: choose another output folder")
-    if path.is_dir() and any(path.iterdir()) and not force:
-        raise DeviceError(f"{path} exists and is not empty: choose another output folder or add --force")
+def check_free(path: Path, force: bool = False) -> Path:
+    """The resolved `path` if `new_folder` may write it; call it before long work that ends in one.
+
+    With `force` a folder that qdeploy made (it holds one of MARKERS) is replaced, and no other. Raises DeviceError.
+    """
+    try:
+        path = Path(path).resolve()
+        if path.exists() and not path.is_dir():
+            raise DeviceError(f"{path} is a file: choose another output folder")
+        if path.is_dir() and any(path.iterdir()):
+            if not force:
+                raise DeviceError(f"{path} exists and is not empty: choose another output folder or add --force")
+            if path == Path.cwd() or not any((path / name).is_file() for name in MARKERS):
+                raise DeviceError(
+                    f"{path} is not an output of qdeploy: --force does not replace it, remove it yourself"
+                )
+    except OSError as e:
+        raise DeviceError(f"cannot write {path}: {e.strerror or e}") from e
+    return path
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Put folder `new` at `path`; what stood there goes away last, and comes back if the rename fails."""
+    if not path.is_dir():
+        os.replace(new, path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+    try:
+        os.replace(path, old)
+        os.replace(new, path)
+    except BaseException:
+        if not path.exists():
+            os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
-    """Build a folder aside and put it at `path` in one rename when the block ends without an error.
+    """Build a folder aside and rename it to `path` when the block ends without an error.
 
-    An existing folder that is not empty is refused unless `force`, which replaces it. On an error nothing is left.
-    Raises DeviceError when `path` cannot be written.
+    An existing folder that is not empty is refused unless `force`, which replaces one of ours. On an error nothing is
+    left. Raises DeviceError when `path` cannot be written.
     """
-    path = Path(path)
-    check_free(path, force)
+    path = check_free(path, force)
+    if path == Path.cwd():
+        raise DeviceError(f"{path} is the current folder: name a folder below it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
@@ -103,14 +134,8 @@ def new_folder(path: Path, force: bool = False) -> Iterator[Path]:
     try:
         os.chmod(temporary, 0o755)
         yield temporary
-        old = None
-        if path.is_dir():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-            os.replace(path, old)
-        os.replace(temporary, path)
+        _exchange(temporary, path)
         fsync_dir(path.parent)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise DeviceError(f"cannot write {path}: {e.strerror or e}") from e

@@ -9,6 +9,7 @@ export_onnx(freeze(network, images), Path("model.onnx"))
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -45,13 +46,22 @@ def freeze(network: nn.Module, images: np.ndarray, name: str = "network") -> Fro
     if images.dtype == np.float32 and not np.isfinite(images).all():
         raise ModelError("the calibration images hold NaN or infinity")
     network = copy.deepcopy(network).eval()
+    if any(p.dtype != torch.float32 for p in network.parameters()):
+        raise ModelError("the network is not float32: call network.float() first")
+    if any(isinstance(m, nn.BatchNorm2d) and m.running_mean is None for m in network.modules()):
+        raise ModelError("a BatchNorm2d keeps no running statistics: nothing can be folded")
     if any(not bool(torch.isfinite(p).all()) for p in network.parameters()):
         raise ModelError("the network's weights hold NaN or infinity")
     source = input_quantizer(images)
     codes = images[:CALIBRATION_IMAGES] if images.dtype == np.uint8 else quantize(images[:CALIBRATION_IMAGES], source)
     inputs = torch.from_numpy(dequantize(codes, source))
+    try:
+        with torch.no_grad():
+            expected = network(inputs[:GOLDEN_IMAGES])
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise ModelError(f"the network does not run on these images {list(images.shape)}: {e}") from e
     graph = fold_norms(read_graph(network, inputs[:1]))
-    net = QuantNet(network, graph, name, CHOICE)
+    net = QuantNet(network, graph, name, CHOICE, signed_input=source.zero_point > 0)
     for step in graph.layers:
         assert isinstance(step.module, nn.Conv2d | nn.Linear)
         net.weight_quantizer(step).per_channel(step.module.weight)
@@ -59,4 +69,16 @@ def freeze(network: nn.Module, images: np.ndarray, name: str = "network") -> Fro
     for quantizer, rows in observe(net, spec, inputs.split(CALIBRATION_BATCH)).items():
         positive = quantizer.hi - quantizer.zero_point
         quantizer.step.data.fill_(max([1e-5, *(row[1] for row in rows)]) / positive)
-    return to_integers(net, spec, name, codes[:GOLDEN_IMAGES], source)
+    frozen = to_integers(net, spec, name, codes[:GOLDEN_IMAGES], source)
+    return _checked(frozen, expected)
+
+
+def _checked(frozen: FrozenNet, expected: torch.Tensor) -> FrozenNet:
+    """Compare the integers with the float network itself; the simulation could be wrong in the same way as they are."""
+    output = dequantize(frozen.golden[frozen.output], frozen.activations[frozen.output].quantizer)
+    if not isinstance(expected, torch.Tensor) or tuple(expected.shape) != output.shape:
+        raise ModelError("the network must return one tensor [n, outputs]")
+    error = float(np.sqrt(np.mean((output - expected.numpy()) ** 2)))
+    spread = float(expected.std(0, correction=0).mean()) or float(expected.abs().mean()) or 1.0
+    report = dict(frozen.report) | {"float": {"rms_error": error, "relative": error / spread}}
+    return replace(frozen, report=report)

@@ -174,6 +174,10 @@ class FrozenNet:
                 found.append(f"node {node.name}: a weight scale is not positive and finite")
         if node.name not in self.weights:
             found.append(f"node {node.name}: no weight bits")
+        elif self.weights[node.name].bits != next(
+            (e.weight_bits for e in self.spec.layers if e.layer == node.name), None
+        ):
+            found.append(f"node {node.name}: its weight bits are not those of the spec")
         return found
 
     def check(self) -> FrozenNet:
@@ -200,6 +204,7 @@ def save_frozen(net: FrozenNet, folder: Path, force: bool = False) -> None:
         "files": {"tensors.safetensors": sha256(tensors), "golden.safetensors": sha256(golden)},
         "report": dict(net.report),
     }
+    head["sha256"] = sha256(canonical_json(head))
     with new_folder(folder, force) as out:
         write_atomic(out / "tensors.safetensors", tensors)
         write_atomic(out / "golden.safetensors", golden)
@@ -216,6 +221,9 @@ def load_frozen(folder: Path) -> FrozenNet:
     try:
         if head["format"] != FORMAT:
             raise ModelError(f"{folder}: format {head['format']!r} is not {FORMAT}")
+        digest = head.pop("sha256")
+        if digest != sha256(canonical_json(head)):
+            raise ModelError(f"{folder / 'frozen.json'} was edited or damaged: make the subnet again")
         arrays = []
         for name in ("tensors.safetensors", "golden.safetensors"):
             content = read_bytes(folder / name, "the frozen network's", ModelError)
@@ -242,6 +250,6 @@ def load_frozen(folder: Path) -> FrozenNet:
             golden,
             head["report"],
         )
-    except (KeyError, TypeError, AttributeError, SafetensorError, RecipeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, SafetensorError, RecipeError) as e:
         raise ModelError(f"{folder} is damaged ({e!r}): make the subnet again") from e
     return net.check()

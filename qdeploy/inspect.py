@@ -315,7 +315,10 @@ def _run(path: Path) -> Description:
     }
     if (path / "report.json").is_file():
         report = value("report.json", "the run's report")
-        found |= {"accuracy %": {"float": report["float"]} | report["levels"]}
+        try:
+            found |= {"accuracy %": {"float": float(report["float"])} | dict(report["levels"])}
+        except (KeyError, TypeError, ValueError) as e:
+            raise ModelError(f"{path / 'report.json'} is damaged: run `qdeploy train` on {path} again") from e
     return found
 
 

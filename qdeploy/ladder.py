@@ -107,7 +107,9 @@ def _read_sidecar(path: Path, model: bytes) -> tuple[dict[str, str] | None, dict
     if value.get("model") != sha256(model):
         raise BundleError(f"{sidecar} belongs to another file than {path.name}: export the model again or remove it")
     golden, title = value.get("golden"), value.get("name")
-    if not (golden is None or (isinstance(golden, dict) and set(golden) == {"input_sha256", "output_sha256"})):
+    keys = {"input_sha256", "output_sha256"}
+    texts = isinstance(golden, dict) and set(golden) == keys and all(isinstance(v, str) for v in golden.values())
+    if golden is not None and not texts:
         raise BundleError(f"{sidecar}: golden is not input_sha256 and output_sha256: export the model again")
     if not isinstance(title, str) or not isinstance(value.get("spec_id", ""), str):
         raise BundleError(f"{sidecar}: name or spec_id is missing or no text: export the model again")

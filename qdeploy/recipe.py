@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -68,8 +69,11 @@ class Schedule:
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 2 or not self.learning_rate > 0 or not self.weight_decay >= 0:
-            raise RecipeError(f"a training phase needs epochs >= 1, batch >= 2, learning_rate > 0: got {self}")
+        rates = math.isfinite(self.learning_rate) and math.isfinite(self.weight_decay)
+        if self.epochs < 1 or self.batch < 2 or not rates or self.learning_rate <= 0 or self.weight_decay < 0:
+            raise RecipeError(
+                f"a training phase needs epochs >= 1, batch >= 2 and finite learning_rate > 0: got {self}"
+            )
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,10 @@ class Recipe:
     float_phase: Schedule = field(default_factory=lambda: Schedule(8, 0.1, 5e-4, nesterov=True))
     quantized_phase: Schedule = field(default_factory=lambda: Schedule(8, 0.01, 1e-4))
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 63:
+            raise RecipeError(f"seed is {self.seed}: choose a whole number from 0 to 2^63 - 1")
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed; `quantization` may be a dict of its own changes."""

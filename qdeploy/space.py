@@ -71,7 +71,7 @@ class SubnetSpec:
             raise RecipeError("a subnet spec is a JSON object with version, network and layers")
         if unknown := set(value) - {"version", "network", "layers"}:
             raise RecipeError(f"unknown key {min(unknown)!r} in the subnet spec: keys are version, network, layers")
-        if value.get("version") != SPEC_VERSION:
+        if type(value.get("version")) is not int or value["version"] != SPEC_VERSION:
             raise RecipeError(f"subnet spec version {value.get('version')!r} is not {SPEC_VERSION}")
         network, layers = value.get("network"), value.get("layers")
         if not isinstance(network, str) or not isinstance(layers, list):

@@ -74,15 +74,22 @@ def _mean_squares(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> dict[A
     return {q: float(np.mean([row[0] for row in rows])) for q, rows in observe(net, spec, _batches(images)).items()}
 
 
-def reestimate_ranges(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> None:
+def trained_mean_squares(net: QuantNet, images: np.ndarray) -> dict[ActivationQuantizer, float]:
+    """Mean square of what every activation quantizer sees in its own width's uniform network, as trained."""
+    found: dict[ActivationQuantizer, float] = {}
+    for width in net.choice.widths:
+        found |= _mean_squares(net, net.uniform(width), images)
+    return found
+
+
+def reestimate_ranges(
+    net: QuantNet, spec: SubnetSpec, images: np.ndarray, uniform: Mapping[ActivationQuantizer, float]
+) -> None:
     """Scale each learned activation step by the ratio of its tensor's root mean square in this mix and in training.
 
-    The step was learned for its width's uniform network; the clipping that training chose is kept relative to the
-    tensor's spread. Under a uniform spec the ratio is 1 and nothing changes.
+    The step was learned for its width's uniform network, whose mean squares `uniform` holds; the clipping that training
+    chose is kept relative to the tensor's spread.
     """
-    uniform: dict[ActivationQuantizer, float] = {}
-    for width in {entry.weight_bits for entry in spec.layers} & set(net.choice.widths):
-        uniform |= _mean_squares(net, net.uniform(width), images)
     for quantizer, mixed in _mean_squares(net, spec, images).items():
         if quantizer in uniform and uniform[quantizer] > 0 and mixed > 0:
             quantizer.step.data.mul_((mixed / uniform[quantizer]) ** 0.5)
@@ -96,10 +103,10 @@ def calibrated(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> QuantNet:
             f"{len(images)} calibration images are too few for statistics: give {CALIBRATION_BATCH} or more"
         )
     net = copy.deepcopy(net)
-    widths = {entry.weight_bits for entry in spec.layers if entry.layer not in net.fixed}
-    if len(widths) > 1:
+    if all(spec != net.uniform(width) for width in net.choice.widths):
+        uniform = trained_mean_squares(net, images)  # before the statistics that training left are replaced
         reestimate_norms(net, spec, images)
-        reestimate_ranges(net, spec, images)
+        reestimate_ranges(net, spec, images, uniform)
     reestimate_norms(net, spec, images)
     return net
 
@@ -207,6 +214,12 @@ def _shapes(net: QuantNet, spec: SubnetSpec, image: Tensor) -> dict[str, tuple[i
     return shapes
 
 
+def check_integer(net: QuantNet) -> None:
+    """Raise ModelError when layers were left in float: a legal model is integer from end to end."""
+    if net.float_ends:
+        raise ModelError('first_last = "float" leaves layers in float: such a network trains but cannot be frozen')
+
+
 PIXELS = Quantizer(float(np.float32(INPUT_SCALE)), 0)
 
 
@@ -219,8 +232,7 @@ def to_integers(
 
     Raises ModelError when layers were left in float, since a legal model is integer from end to end.
     """
-    if net.float_ends:
-        raise ModelError('first_last = "float" leaves layers in float: such a network trains but cannot be frozen')
+    check_integer(net)
     shapes = _shapes(net, spec, torch.zeros(1, *golden.shape[1:]))
     image = Activation(net.graph.input, golden.shape[1:], source)
     out = _Assembly([], {net.graph.input: image}, {}, {})

@@ -17,7 +17,8 @@ HOST = "host"  # a `cpu` that stands for the machine that compiles; the artifact
 
 # LLVM's name of an instruction set -> its flag in /proc/cpuinfo. Only sets that a compiler may use unasked.
 CPUINFO_FLAGS = {
-    "adx": "adx", "aes": "aes", "avx": "avx", "avx2": "avx2", "avx512bf16": "avx512_bf16",
+    "adx": "adx", "aes": "aes", "amx-int8": "amx_int8", "amx-tile": "amx_tile", "avx": "avx",
+    "avx2": "avx2", "avx512bf16": "avx512_bf16",
     "avx512bitalg": "avx512_bitalg", "avx512bw": "avx512bw", "avx512cd": "avx512cd", "avx512dq": "avx512dq",
     "avx512f": "avx512f", "avx512fp16": "avx512_fp16", "avx512ifma": "avx512ifma", "avx512vbmi": "avx512vbmi",
     "avx512vbmi2": "avx512_vbmi2", "avx512vl": "avx512vl", "avx512vnni": "avx512_vnni",
@@ -27,6 +28,8 @@ CPUINFO_FLAGS = {
     "sse2": "sse2", "sse3": "pni", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "sse4a": "sse4a", "ssse3": "ssse3",
     "tbm": "tbm", "vaes": "vaes", "vpclmulqdq": "vpclmulqdq", "xop": "xop",
 }  # fmt: skip
+
+TILE_FEATURES = ("amx-int8", "amx-tile")  # a process must ask Linux before it uses tiles: `request_tiles`
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,18 @@ def missing_features(required: Iterable[str], flags: Iterable[str] | None = None
     """
     have = frozenset(flags) if flags is not None else machine_flags()
     return sorted({name for name in required if CPUINFO_FLAGS.get(name) not in have})
+
+
+def request_tiles() -> bool:
+    """Ask Linux to let this process use AMX tiles; True when it does. Asking again changes nothing.
+
+    arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA), Documentation/arch/x86/xstate.rst: the state of tiles is large,
+    so threads carry it only after this.
+    """
+    import ctypes
+    import platform
+
+    if platform.machine() != "x86_64" or platform.system() != "Linux":
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return int(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)) == 0

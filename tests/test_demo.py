@@ -37,7 +37,7 @@ def test_a_folder_with_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     command = [sys.executable, "-m", "qdeploy.cli", "demo", "-o", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "choose another folder" in done.stderr
+    assert done.returncode == 2 and "not an output of qdeploy" in done.stderr
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 

@@ -50,12 +50,14 @@ def test_new_folder_appears_whole(tmp_path: Path) -> None:
         raise ValueError("stop")
     assert list(tmp_path.iterdir()) == []
     with new_folder(out) as folder:
-        (folder / "a").write_text("1")
+        (folder / "recipe.json").write_text("{}")
     with pytest.raises(DeviceError, match="not empty"), new_folder(out):
         pass
     with new_folder(out, force=True) as folder:
         (folder / "b").write_text("2")
     assert [path.name for path in out.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [out]
+    with pytest.raises(DeviceError, match="not an output of qdeploy"), new_folder(out, force=True):
+        pass
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

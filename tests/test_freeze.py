@@ -60,6 +60,47 @@ def test_wrong_images_are_refused(images: np.ndarray, text: str) -> None:
         freeze(Ordinary(), images)
 
 
+def test_signed_input_that_is_pooled_directly() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 5))
+    images = np.random.default_rng(0).normal(-0.5, 1, (64, 3, 16, 16)).astype(np.float32)
+    assert freeze(network, images).report["float"]["relative"] < 0.1
+
+
+class Viewed(nn.Module):
+    """Flattens as old code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mid, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4 * 14 * 14, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).relu()
+        return self.last(torch.flatten(self.mid(x.view(x.size(0), -1)), start_dim=1))
+
+
+def test_view_is_flatten() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (8, 3, 16, 16), dtype=np.uint8)
+    assert [node.op for node in freeze(Viewed(), images).nodes] == ["conv", "flatten", "linear", "flatten", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("network", "text"),
+    [
+        (Ordinary().double(), "not float32"),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 3)), "does not run on these images"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d((1, None)), nn.Flatten(), nn.Linear(56, 3)),
+            "Adaptive",
+        ),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)), "running statistics"),
+    ],
+)
+def test_networks_that_are_refused(network: nn.Module, text: str) -> None:
+    with pytest.raises(ModelError, match=text):
+        freeze(network, np.random.default_rng(0).integers(0, 256, (4, 3, 16, 16), dtype=np.uint8))
+
+
 def test_nan_weights_are_refused() -> None:
     network = Ordinary()
     with torch.no_grad():

@@ -1,16 +1,21 @@
+import copy
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qdeploy import integer
-from qdeploy.allocate import allocate, layer_options, side_bytes
+from qdeploy.allocate import Option, allocate, cheapest, layer_options, side_bytes
 from qdeploy.data import Dataset
 from qdeploy.errors import ModelError, RecipeError
 from qdeploy.frozen import load_frozen, save_frozen
 from qdeploy.quant.grid import container_bits, midpoint
 from qdeploy.quant.network import QuantNet
-from qdeploy.subnet import calibrated, extract
+from qdeploy.space import SubnetSpec
+from qdeploy.subnet import calibrated, extract, reestimate_ranges, trained_mean_squares
 from qdeploy.train.run import accuracy, load_run, train
 from tests.train.runs import tiny_recipe
 
@@ -98,6 +103,59 @@ def test_a_mixed_level_freezes(net: QuantNet, fashion_sample: Dataset, few: Data
     frozen = extract(net, uniform, "mixed", fashion_sample.images, few)
     assert frozen.report["parity"]["simulation"]["largest_step"] <= 1
     assert frozen.report["accuracy"] > 20
+
+
+def test_only_a_mix_moves_activation_steps(net: QuantNet, fashion_sample: Dataset) -> None:
+    def steps(of: QuantNet) -> dict[str, float]:
+        return {name: float(p.detach()) for name, p in of.named_parameters() if name.endswith("step")}
+
+    images = fashion_sample.images
+    assert steps(calibrated(net, net.uniform(2), images)) == steps(net)
+    mixed = SubnetSpec.build(
+        net.name,
+        {e.layer: (e.weight_bits, e.activation_bits if e.layer in net.fixed else 4) for e in net.uniform(2).layers},
+    )  # weights 2, activations 4
+    before, after = steps(net), steps(calibrated(net, mixed, images))
+    moved = [name for name in before if before[name] != after[name]]
+    assert moved and all(0.5 < after[name] / before[name] < 2 for name in moved)
+
+
+def test_ranges_follow_a_planted_spread(net: QuantNet, fashion_sample: Dataset) -> None:
+    """Where training had seen tensors of half the spread, steps double."""
+    spec, images = net.uniform(3), fashion_sample.images
+    halved = {q: value / 4 for q, value in trained_mean_squares(net, images).items()}
+    copied = copy.deepcopy((net, halved))
+    before = {name: float(p.detach()) for name, p in net.named_parameters() if name.endswith("step")}
+    reestimate_ranges(copied[0], spec, images, copied[1])
+    after = {name: float(p.detach()) for name, p in copied[0].named_parameters() if name.endswith("step")}
+    moved = [after[name] / before[name] for name in before if after[name] != before[name]]
+    assert moved and moved == pytest.approx([2.0] * len(moved), rel=1e-4)
+
+
+@given(st.integers(0, 10_000))
+def test_the_allocation_is_the_best_one(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    rows = {}
+    for layer in range(4):
+        sizes, errors = np.sort(random.integers(1, 500, 3)), np.sort(random.random(3))[::-1]
+        rows[str(layer)] = [Option(b, int(s), float(e)) for b, s, e in zip((2, 3, 4), sizes, errors, strict=True)]
+    least = sum(row[0].bytes for row in rows.values())
+    budget = least + int(random.integers(0, 800))
+    best = min(
+        sum(o.error for o in choice)
+        for choice in itertools.product(*rows.values())
+        if sum(o.bytes for o in choice) <= budget
+    )
+    chosen = cheapest(rows, budget)
+    taken = [next(o for o in rows[name] if o.bits == bits) for name, bits in chosen.items()]
+    assert sum(o.bytes for o in taken) <= budget
+    assert sum(o.error for o in taken) == pytest.approx(best)
+
+
+def test_a_spec_of_another_network_is_refused(net: QuantNet) -> None:
+    other = SubnetSpec("other", net.uniform(2).layers)
+    with pytest.raises(RecipeError, match="network 'other'"):
+        net.check_spec(other)
 
 
 def test_too_few_calibration_images(net: QuantNet, fashion_sample: Dataset) -> None:

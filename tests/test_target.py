@@ -15,7 +15,7 @@ GOOD = 'name = "a"\narch = "x86_64"\nkind = "llvm"\ncpu = "haswell"\n'
 
 def test_shipped_targets_are_named_after_their_files() -> None:
     paths = sorted(TARGETS.glob("*.toml"))
-    assert {p.stem for p in paths} >= {"host", "x86-64", "x86-64-avx512"}
+    assert {p.stem for p in paths} >= {"host", "x86-64", "x86-64-amx", "x86-64-avx512"}
     for path in paths:
         assert load_target(path).name == path.stem
 

@@ -55,7 +55,9 @@ def is_label(text: Any) -> bool:
 
 
 def _bad_digests(digests: Iterable[str], what: str) -> list[str]:
-    return [f"{what}: digest {text[:80]!r} is not 64 hex digits" for text in digests if not DIGEST.fullmatch(text)]
+    return [
+        f"{what}: digest {text[:80]!r} is not 64 hex digits" for text in map(str, digests) if not DIGEST.fullmatch(text)
+    ]
 
 
 def _repeated(names: Iterable[str], what: str) -> list[str]:
@@ -206,6 +208,8 @@ def code_range(tensor: Tensor, entry: TensorLevel, cap: int) -> tuple[int, int]:
 
 
 def _tensor_level_problems(tensor: Tensor, dtype: str, entry: TensorLevel, what: str) -> list[str]:
+    if not 1 <= tensor.bits <= 8:
+        return []  # said already, and nothing below can be computed
     bits = 0
     steps = {0} | {bits := bits + part.bits for part in tensor.parts}
     offsets = (entry.offset,) if isinstance(entry.offset, int) else entry.offset

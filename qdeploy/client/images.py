@@ -111,7 +111,8 @@ def to_input(images: np.ndarray, sample: tuple[int, ...]) -> np.ndarray:
         return (images.astype(np.float32) / np.float32(255)).reshape(shape)
     if images.dtype.kind != "f":
         raise DataError(f"images are {images.dtype}: give uint8 pixels (0..255) or float32")
-    values = images.astype(np.float32).reshape(shape)
+    with np.errstate(over="ignore"):  # what is too large becomes infinity, which is refused below
+        values = images.astype(np.float32).reshape(shape)
     if not np.isfinite(values).all():
         raise DataError("images hold values that are not finite numbers")
     return values

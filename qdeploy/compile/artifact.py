@@ -22,7 +22,7 @@ import numpy as np
 
 from qdeploy.errors import CompileError, DeviceError
 from qdeploy.files import parse_json, read_bytes, sha256
-from qdeploy.target import missing_features
+from qdeploy.target import TILE_FEATURES, missing_features, request_tiles
 
 FORMAT = "qdeploy-artifact/1"
 LIBRARY, DESCRIPTION = "lib.so", "artifact.json"
@@ -184,6 +184,11 @@ def load_artifact(folder: Path) -> Artifact:
         name = head["target"].get("name")
         raise DeviceError(
             f"this machine's cpu lacks {', '.join(lacking)}, which target {name} needs: compile for another target"
+        )
+    if set(TILE_FEATURES) & set(head["target"]["features"]) and not request_tiles():
+        raise DeviceError(
+            "this system keeps AMX tiles from processes (Linux gives them from 5.16 on): "
+            "compile for target x86-64-avx512"
         )
     _check_tvm(head["versions"])
     library = read_bytes(folder / LIBRARY, "the artifact's file", CompileError)

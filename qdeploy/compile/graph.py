@@ -9,14 +9,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qdeploy.compile.expression import Term
+
 Pair = tuple[int, int]
 Sides = tuple[int, int, int, int]  # top, left, bottom, right
 
-INTEGER = {"conv": "integer", "max_pool": "integer", "average_pool": "integer"}
+INTEGER = dict.fromkeys(("conv", "max_pool", "average_pool", "table", "constant", "move"), "integer")
 FLOAT_REASON = {
     "quantize": "the input is float32",
     "requantize": "element-wise: defined by float32 steps",
     "add": "element-wise: defined as a float32 sum",
+    "sub": "element-wise: defined as a float32 difference",
+    "mul": "element-wise: defined as a float32 product",
+    "elementwise": "element-wise: defined by float32 steps",
+    "concat": "its parts are requantized: defined by float32 steps",
+    "softmax": "its sum has no integer form",
 }
 
 
@@ -84,7 +91,10 @@ class Window:
 
 @dataclass(frozen=True)
 class Weights:
-    """Initializers of a convolution: weight [O, I/groups, kh, kw] or [O, K], or [K, O] when `transposed`."""
+    """Initializers of a convolution: weight [O, I/groups, kh, kw] or [O, K], or [K, O] when `transposed`.
+
+    A float32 weight is quantized by `prepare` to int8 (`signed`) or uint8, a float32 bias (no scale) to s_x * s_w.
+    """
 
     weight: str
     signed: bool
@@ -98,11 +108,26 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Real values of a formula that no kernel can compute, for each of the 256 codes of an input on one grid."""
+
+    scale: float
+    zero_point: int  # of uint8 codes
+    values: tuple[float, ...]  # 256 float32 numbers
+
+
+@dataclass(frozen=True)
 class Op:
-    """One operator: `kind` is quantize (of the network's input), conv, add, requantize, max_pool or average_pool.
+    """One operator.
+
+    quantize (of the network's input), conv, max_pool, average_pool, softmax (over all channels of one pixel), concat
+    (over channels), move, constant (codes `stored` in the file); and element-wise ones, which are `term` over the
+    inputs' real values, broadcast to the output: requantize (the input itself), add, sub and mul (of two inputs), table
+    (anything over one input, by `table` where its term is not plain) and elementwise (anything else).
 
     A fully connected layer is a convolution whose kernel is its whole input. average_pool divides by the window's
-    size, without its padding unless `count_padding`.
+    size, without its padding unless `count_padding`. move gives output pixel (h, w) the code at floor((h - top) /
+    stride_h), floor((w - left) / stride_w) of its window, and the zero point where that lies outside the input.
     """
 
     kind: str
@@ -113,6 +138,9 @@ class Op:
     groups: int = 1
     weights: Weights | None = None
     count_padding: bool = False
+    term: Term | None = None
+    table: Table | None = None
+    stored: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +164,7 @@ class Graph:
     ops: tuple[Op, ...]
     tensors: dict[str, Tensor]
     params: tuple[Param, ...]  # in order of first use
+    softmax: bool = False  # the float output is the softmax over `output`'s channels
 
     def borders(self) -> dict[str, Sides]:
         """Border that each tensor carries so that its convolutions can read their padding from it."""

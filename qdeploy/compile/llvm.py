@@ -9,7 +9,15 @@ from tvm.target import Target as TvmTarget
 from tvm.target import codegen
 
 from qdeploy.errors import CompileError, RecipeError
-from qdeploy.target import CPUINFO_FLAGS, HOST, Target, machine_flags, missing_features
+from qdeploy.target import (
+    CPUINFO_FLAGS,
+    HOST,
+    TILE_FEATURES,
+    Target,
+    machine_flags,
+    missing_features,
+    request_tiles,
+)  # fmt: skip
 
 TRIPLES = {"x86_64": "x86_64-linux-gnu"}
 
@@ -19,12 +27,14 @@ class Dot:
     """How a target multiplies 4 unsigned by 4 signed bytes into each 32-bit lane.
 
     `instruction`: vpdpbusd (one step), pmaddwd (bytes widened to 16 bits, two steps, exact) or none (plain multiplies).
-    `lanes` output channels share a vector; `registers` vectors hold accumulators, weights and inputs.
+    `lanes` output channels share a vector; `registers` vectors hold accumulators, weights and inputs. With `tiles` the
+    processor multiplies whole tiles too (AMX).
     """
 
     instruction: str
     lanes: int
     registers: int
+    tiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,10 @@ def resolve(target: Target) -> Resolved:
         cpu = str(codegen.llvm_get_system_cpu())
         if not machine_flags():
             raise CompileError('cpu = "host" needs /proc/cpuinfo to know this machine: name a cpu in the target file')
-        features = [f"-{name}" for name in missing_features(_required(_features(triple, cpu, [])))] + features
+        hidden = missing_features(_required(_features(triple, cpu, [])))
+        if TILE_FEATURES[0] not in hidden and not request_tiles():
+            hidden += TILE_FEATURES  # the kernel keeps them from us
+        features = [f"-{name}" for name in hidden] + features
     if not codegen.llvm_is_valid_cpu(cpu, triple):
         known = sorted(str(name) for name in codegen.llvm_get_cpu_archlist(_tvm_target(triple, "x86-64", [])))
         raise RecipeError(f"target {target.name}: LLVM knows no {target.arch} cpu {cpu!r}: choose {_near(cpu, known)}")
@@ -93,8 +106,8 @@ def _near(name: str, known: Any) -> str:
 
 def choose_dot(features: set[str]) -> Dot:
     """The best exact byte dot product that `features` have."""
-    if {"avx512f", "avx512bw", "avx512vnni"} <= features:
-        return Dot("vpdpbusd", 16, 32)
+    if {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= features:
+        return Dot("vpdpbusd", 16, 32, set(TILE_FEATURES) <= features)
     if {"avx512f", "avx512bw"} <= features:
         return Dot("pmaddwd", 16, 32)
     if {"avx2", "avxvnni"} <= features:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tvm import IRModule, relax, tirx
 
-from qdeploy.compile import pack, pointwise
+from qdeploy.compile import elementwise, pack, pack_table, pointwise
 from qdeploy.compile.conv import ConvSpec, conv_kernel
 from qdeploy.compile.graph import Graph, Op, Operand, Quantizer, Tensor, Window
 from qdeploy.compile.layout import Layout
@@ -94,6 +94,10 @@ class Lowering:
             for op in self.graph.ops:
                 if op.weights is not None:
                     keep(op.output, self._pack_weights(op, variables, results))
+                elif op.kind in ("table", "constant", "softmax"):
+                    keep(op.output, [self._pack_op(op, variables, results)])
+            if self.graph.softmax:
+                keep("softmax", [self._pack_exponentials(self.graph.output, results)])
             self.builder.emit_func_output(relax.Tuple(results))
 
     def _quantizers(self) -> list[Quantizer]:
@@ -126,7 +130,7 @@ class Lowering:
         names = (w.weight, w.scale, w.zero_point, w.bias, w.bias_scale, w.bias_zero_point)
         weight, scale, zero, bias, bias_scale, bias_zero = (self._stored(name) for name in names)
         assert weight is not None and scale is not None
-        spec = pack.WeightSpec(conv, weight, scale, zero, bias, bias_scale, bias_zero, w.transposed)
+        spec = pack.WeightSpec(conv, weight, scale, zero, bias, bias_scale, bias_zero, w.transposed, w.signed)
         kernel = self._kernel(spec, "pack_weights", lambda name: pack.pack_kernel(name, spec))
         args = [variables[name] for name in names if name is not None]
         args += [results[i] for i in (self._grid_place(op.inputs[0]), self._place(op.output))]
@@ -136,6 +140,30 @@ class Lowering:
         types = [relax.TensorType(shape, dtype) for shape, dtype in kinds]
         value = self.builder.emit(relax.call_tir(kernel, relax.Tuple(args), types))
         return [(self.builder.emit(relax.TupleGetItem(value, i)), *kind) for i, kind in enumerate(kinds)]
+
+    def _pack_op(self, op: Op, variables: dict[str, Var], results: list[Var]) -> tuple[Var, tuple[int, ...], str]:
+        """What an operator without weights reads beside codes and quantizers."""
+        if op.kind == "softmax":
+            return self._pack_exponentials(op.inputs[0], results)
+        if op.stored is not None:
+            spec = pack_table.StoredSpec(
+                self.params[op.stored].dtype, self.params[op.stored].shape, self.layouts[op.output]
+            )
+            kernel = self._kernel(spec, "pack_stored", lambda name: pack_table.stored_kernel(name, spec))
+            shape = (spec.layout.size,)
+            return self._call(kernel, [variables[op.stored]], shape, "uint8"), shape, "uint8"
+        term, operand = op.term, op.inputs[0]
+        assert term is not None
+        what = f"the table of {op.name} is for other values of {operand.grid.scale} and its zero point"
+        key = (term, op.table, what if op.table is not None else "")
+        kernel = self._kernel(key, "pack_table", lambda name: pack_table.table_pack_kernel(name, term, op.table, what))
+        args = [results[i] for i in (self._grid_place(operand), self._place(op.output))]
+        return self._call(kernel, args, *elementwise.TABLE), *elementwise.TABLE
+
+    def _pack_exponentials(self, operand: Operand, results: list[Var]) -> tuple[Var, tuple[int, ...], str]:
+        kernel = self._kernel("exponentials", "pack_exponentials", pack_table.exponentials_kernel)
+        args = [results[self._grid_place(operand)]]
+        return self._call(kernel, args, *elementwise.EXPONENTIALS), *elementwise.EXPONENTIALS
 
     def _place(self, tensor: str) -> int:
         """Where the quantizer that writes `tensor` is among the packed tensors."""
@@ -159,11 +187,7 @@ class Lowering:
             source, layout = values[graph.output.tensor], self.layouts[graph.output.tensor]
             shape, signed = graph.output_shape, graph.output.grid.signed
             if name == "main":
-                key: Hashable = ("dequantize", layout, shape)
-                kernel = self._kernel(
-                    key, "dequantize", lambda label: pointwise.dequantize_kernel(label, layout, shape)
-                )
-                out = self._call(kernel, [source, packed[self._grid_place(graph.output)]], shape, "float32")
+                out = self._way_out(source, layout, packed)
             else:
                 kernel = self._kernel(
                     "codes", "codes_out", lambda label: pointwise.codes_kernel(label, layout, shape, signed)
@@ -171,38 +195,68 @@ class Lowering:
                 out = self._call(kernel, [source], shape, "int8" if signed else "uint8")
             self.builder.emit_func_output(out)
 
+    def _way_out(self, source: Var, layout: Layout, packed: list[Var]) -> Var:
+        """float32 of the output's codes."""
+        shape = self.graph.output_shape
+        if self.graph.softmax:
+            kernel = self._kernel(
+                "softmax", "softmax_out", lambda label: elementwise.softmax_kernel(label, layout, None, shape)
+            )
+            args = [source, packed[self.packed["softmax"][0]]]
+        else:
+            kernel = self._kernel(
+                "dequantize", "dequantize", lambda label: pointwise.dequantize_kernel(label, layout, shape)
+            )
+            args = [source, packed[self._grid_place(self.graph.output)]]
+        return self._call(kernel, args, shape, "float32")
+
     def _op(self, op: Op, x: Var, packed: list[Var], values: dict[str, Var]) -> Var:
         """Emit one operator; its inputs are codes, then packed parameters."""
+        if op.kind == "constant":
+            return packed[self.packed[op.output][0]]
         y, lanes = self.layouts[op.output], self.lanes
-        layouts = [self.layouts[operand.tensor] for operand in op.inputs]
         codes = [values[operand.tensor] for operand in op.inputs]
         grids = [packed[self._grid_place(operand)] for operand in op.inputs]
+        own = [packed[i] for i in self.packed.get(op.output, [])]
         quant = packed[self._place(op.output)]
-        pool = pointwise.PoolSpec(layouts[0], y, op.window, lanes) if layouts else None
-        key: Hashable = (op.kind, *layouts, y, op.window, op.count_padding)
-        make: Callable[[str], tirx.PrimFunc]
-        if op.kind == "conv":
-            spec = self._conv_spec(op)
-            key, args = spec, [*codes, *(packed[i] for i in self.packed[op.output]), quant]
-            make = lambda name: conv_kernel(name, spec)  # noqa: E731
-        elif op.kind == "quantize":
-            args, shape = [x, quant], self.graph.input_shape
-            make = lambda name: pointwise.quantize_kernel(name, shape, y, lanes)  # noqa: E731
-        elif op.kind == "requantize":
-            args = [*codes, *grids, quant]
-            make = lambda name: pointwise.requantize_kernel(name, layouts[0], y, lanes)  # noqa: E731
-        elif op.kind == "add":
-            args = [*codes, *grids, quant]
-            make = lambda name: pointwise.add_kernel(name, layouts[0], layouts[1], y, lanes)  # noqa: E731
-        elif op.kind == "max_pool" and pool is not None:
-            args = [*codes, quant]
-            make = lambda name: pointwise.max_pool_kernel(name, pool)  # noqa: E731
-        elif op.kind == "average_pool" and pool is not None:
-            args = [*codes, *grids, quant]
-            make = lambda name: pointwise.average_pool_kernel(name, pool, op.count_padding)  # noqa: E731
-        else:
-            raise CompileError(f"operator {op.name}: there is no kernel for {op.kind}")
+        key, make = self._recipe(op, [self.layouts[operand.tensor] for operand in op.inputs], y, lanes)
+        reads = {
+            "quantize": [x], "conv": [*codes, *own], "table": [*codes, *own], "softmax": [*codes, *own],
+            "max_pool": codes, "move": codes,
+        }  # fmt: skip
+        args = [*reads.get(op.kind, [*codes, *grids]), quant]
         return self._call(self._kernel(key, op.kind, make), args, (y.size,), "uint8")
+
+    def _recipe(
+        self, op: Op, xs: list[Layout], y: Layout, lanes: int
+    ) -> tuple[Hashable, Callable[[str], tirx.PrimFunc]]:
+        """What tells an operator's kernel from others, and how to write it."""
+        kind, window, count, shape = op.kind, op.window, op.count_padding, self.graph.input_shape
+        if kind == "conv":
+            spec = self._conv_spec(op)
+            return spec, lambda name: conv_kernel(name, spec)
+        key: tuple[Hashable, ...] = (kind, *xs, y, window, count)
+        if kind == "quantize":
+            return key, lambda name: pointwise.quantize_kernel(name, shape, y, lanes)
+        if kind == "table":
+            return key, lambda name: elementwise.table_kernel(name, xs[0], y)
+        if kind == "move":
+            return key, lambda name: elementwise.move_kernel(name, xs[0], y, window, lanes)
+        if kind == "softmax":
+            return key, lambda name: elementwise.softmax_kernel(name, xs[0], y, ())
+        if kind == "concat":
+            grid = self.graph.tensors[op.output].quantizer.grid
+            same = tuple(operand.grid == grid for operand in op.inputs)
+            return (*key, same), lambda name: elementwise.concat_kernel(name, xs, same, y, lanes)
+        if kind in ("max_pool", "average_pool"):
+            pool = pointwise.PoolSpec(xs[0], y, window, lanes)
+            if kind == "max_pool":
+                return key, lambda name: pointwise.max_pool_kernel(name, pool)
+            return key, lambda name: pointwise.average_pool_kernel(name, pool, count)
+        term = op.term
+        if term is None:
+            raise CompileError(f"operator {op.name}: there is no kernel for {kind}")
+        return (*key, term), lambda name: elementwise.elementwise_kernel(name, term, xs, y, lanes)
 
 
 def lower(graph: Graph, dot: Dot) -> IRModule:

@@ -91,6 +91,7 @@ class WeightSpec:
     bias_scale: Stored | None
     bias_zero_point: Stored | None
     transposed: bool  # weight is [K, O]
+    signed: bool  # codes are int8; float32 weights become codes of their zero point's type, uint8 without one
 
 
 def pack_kernel(name: str, spec: WeightSpec) -> tirx.PrimFunc:
@@ -110,7 +111,7 @@ def pack_kernel(name: str, spec: WeightSpec) -> tirx.PrimFunc:
     def body(*buffers: Buffer) -> None:
         given = dict(zip([p[0] for p in (*params, *outs)], buffers, strict=True))
         packer = Packer(spec, given)
-        (packer.depthwise if conv.depthwise else packer.dense)()
+        (packer.strips if conv.by_rows else packer.depthwise if conv.depthwise else packer.dense)()
         packer.channels()
 
     return prim_func(name, [*params, *outs], body)
@@ -124,12 +125,19 @@ class Packer:
         kh, kw = self.conv.window.kernel
         self.depth = self.conv.inputs * kh * kw  # weights of one output channel
         self.total = self.conv.y.channels
-        self.offset = SHIFT if spec.weight.dtype == "uint8" else 0  # uint8 weights - 128 are int8 ones
+        self.offset = 0 if spec.signed else SHIFT  # uint8 weights - 128 are int8 ones
 
     def code(self, channel: Expr, index: Expr) -> Expr:
         """Weight `index` of output `channel`, int32 in -128..127."""
         at = index * self.total + channel if self.spec.transposed else channel * self.depth + index
-        return cast("int32", load(self.given["weight"], at), 1) - const(self.offset)
+        stored = load(self.given["weight"], at)
+        if self.spec.weight.dtype == "float32":
+            stored = T.nearbyint(stored / self.value("scale", channel))
+            if self.spec.zero_point is not None:
+                stored = stored + cast("float32", self.value("zero", channel), 1)
+            low = float(self.offset - SHIFT)
+            stored = T.Min(T.Max(stored, const(low, "float32")), const(low + 255, "float32"))
+        return cast("int32", stored, 1) - const(self.offset)
 
     def value(self, part: str, channel: Expr) -> Expr:
         """A part that is one value or one a channel."""
@@ -155,6 +163,17 @@ class Packer:
             store(self.given["packed"], code, (b * conv.segments + t) * lanes + i)
 
         loop(conv.blocks, lambda b: loop(conv.segments, lambda t: loop(lanes, lambda i: one(b, t, i))))
+
+    def strips(self) -> None:
+        """[strip][4 kernel rows][kernel column][vector][lane][row]; ConvSpec.place says which channel a lane holds."""
+        conv, (kh, kw) = self.conv, self.conv.window.kernel
+        with T.serial(0, conv.padded) as i, T.serial(0, conv.row_quads * GROUP) as r, T.serial(0, kw) as t:
+            start, lanes = conv.strip_of(i)
+            inside = T.And(i < const(self.total), r < const(kh))
+            code = T.if_then_else(inside, cast("int8", self.code(i, r * kw + t), 1), const(0, "int8"))
+            column = T.floordiv(r, const(GROUP)) * kw + t
+            place = start * (conv.row_quads * kw) + column * (GROUP * lanes) + conv.place(i) - start
+            store(self.given["packed"], code, place * GROUP + T.floormod(r, const(GROUP)))
 
     def dense(self) -> None:
         """[group][block][segment][4 bytes][lane][byte]"""
@@ -182,18 +201,18 @@ class Packer:
     def channels(self) -> None:
         """Integers and scales of every channel; padding lanes get 0."""
         conv, given = self.conv, self.given
-        integers, lanes = given["integers"], conv.blocks * conv.dot.lanes
+        groups = 1 if conv.depthwise else conv.groups
+        integers, lanes = given["integers"], conv.padded // groups
         store(integers, const(0), const(2 * conv.padded))
 
         def lane(g: Expr, i: Expr) -> None:
-            at, channel = g * lanes + i, g * conv.outputs + i
+            at, channel = g * lanes + conv.place(i), g * conv.outputs + i
             store(integers, const(0), at)
             store(integers, const(0), conv.padded + at)
             store(given["out_scale"], const(0.0, "float32"), at)
             with T.If(i < const(conv.outputs)), T.Then():
                 self.channel(at, channel)
 
-        groups = 1 if conv.depthwise else conv.groups
         with T.serial(0, groups) as g, T.serial(0, lanes) as i:
             lane(g, i)
 
@@ -215,15 +234,20 @@ class Packer:
             store(integers, const(1), const(2 * self.conv.padded))
 
     def bias(self, channel: Expr, unit: Expr) -> Expr:
-        """int32 bias in units of s_x * s_w; one in another unit is converted, rounded to the nearest."""
+        """int32 bias in units of s_x * s_w; one in another unit or in float32 is converted, rounded to the nearest."""
         if self.spec.bias is None:
             return const(0)
         value = load(self.given["bias"], channel)
+        limit = float(2**31 - 1)
+
+        def rounded(real: Expr) -> Expr:
+            real = T.Min(T.Max(T.nearbyint(real), const(-limit, "float64")), const(limit, "float64"))
+            return cast("int32", real, 1)
+
+        if self.spec.bias_scale is None:
+            return rounded(cast("float64", value, 1) / cast("float64", unit, 1))
         if self.spec.bias_zero_point is not None:
             value = value - self.value("bias_zero", channel)
         own = self.value("bias_scale", channel)
         ratio = cast("float64", own, 1) / cast("float64", unit, 1)
-        converted = T.nearbyint(cast("float64", value, 1) * ratio)
-        limit = float(2**31 - 1)
-        converted = T.Min(T.Max(converted, const(-limit, "float64")), const(limit, "float64"))
-        return T.if_then_else(own == unit, value, cast("int32", converted, 1))
+        return T.if_then_else(own == unit, value, rounded(cast("float64", value, 1) * ratio))

@@ -1,4 +1,4 @@
-"""Kernels that are no convolutions: quantize, requantize, add, pools, and the way out."""
+"""Kernels at the edges of a network and pools: quantize, max and average pool, dequantize."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from qdeploy.compile.emit import (
     loop,
     prim_func,
     quantizer,
-    real_value,
     splat,
     splat_const,
     store,
@@ -64,44 +63,6 @@ def quantize_kernel(name: str, shape: tuple[int, ...], y: Layout, lanes: int) ->
         loop(y.height, row)
 
     return prim_func(name, [("source", shape, "float32"), ("quant", *QUANT), ("y", (y.size,), "uint8")], body)
-
-
-def rows_of(y: Layout, lanes: int, part: Any) -> None:
-    """part(h, i, n): codes i .. i + n of row h, channels and pixels as they lie."""
-    loop(y.height, lambda h: chunks(y.width * y.channels, lanes, lambda i, n: part(h, i, n)))
-
-
-def requantize_kernel(name: str, x: Layout, y: Layout, lanes: int) -> tirx.PrimFunc:
-    """(codes, their quantizer, output quantizer) -> codes."""
-
-    def body(source: Buffer, quant_x: Buffer, quant: Buffer, out: Buffer) -> None:
-        fill_border(out, y, quant)
-
-        def part(h: Expr, i: Expr, n: int) -> None:
-            real = real_value(load(source, x.at(h, 0) + i, n), quant_x, n)
-            store(out, to_codes(real / quantizer(quant, SCALE, n), quant, n), y.at(h, 0) + i, n)
-
-        rows_of(y, lanes, part)
-
-    params = [("x", (x.size,), "uint8"), ("quant_x", *QUANT), ("quant", *QUANT), ("y", (y.size,), "uint8")]
-    return prim_func(name, params, body)
-
-
-def add_kernel(name: str, a: Layout, b: Layout, y: Layout, lanes: int) -> tirx.PrimFunc:
-    """(codes, codes, their quantizers, output quantizer) -> codes of the sum."""
-
-    def body(first: Buffer, second: Buffer, quant_a: Buffer, quant_b: Buffer, quant: Buffer, out: Buffer) -> None:
-        fill_border(out, y, quant)
-
-        def part(h: Expr, i: Expr, n: int) -> None:
-            real = real_value(load(first, a.at(h, 0) + i, n), quant_a, n)
-            real = real + real_value(load(second, b.at(h, 0) + i, n), quant_b, n)
-            store(out, to_codes(real / quantizer(quant, SCALE, n), quant, n), y.at(h, 0) + i, n)
-
-        rows_of(y, lanes, part)
-
-    params = [("a", (a.size,), "uint8"), ("b", (b.size,), "uint8"), ("quant_a", *QUANT), ("quant_b", *QUANT)]
-    return prim_func(name, [*params, ("quant", *QUANT), ("y", (y.size,), "uint8")], body)
 
 
 # Pools ---------------------------------------------------------------------------------------------------------------

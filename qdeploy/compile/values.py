@@ -25,7 +25,10 @@ class View:
 
 @dataclass(frozen=True)
 class Result:
-    """An operator without its output; real values are cut to [low, high] before they are quantized."""
+    """An operator without its output; real values are cut to [low, high] before they are quantized.
+
+    Element-wise operators (those with a term) may go on into others; all others need a QuantizeLinear behind them.
+    """
 
     op: Op
     shape: Shape
@@ -36,12 +39,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Stored:
-    """A DequantizeLinear over an initializer."""
+    """A DequantizeLinear over an initializer: codes, or `real` float32 values with a QuantizeLinear of its own."""
 
     codes: str
     scale: str
     zero_point: str | None
     axis: int
+    real: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,20 @@ def _block(run: Callable[[], Any], turns: int) -> float:
     return (time.perf_counter() - start) / turns * 1e3
 
 
-def interleaved(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[np.ndarray, np.ndarray]:
-    """Milliseconds a call of both in each round; rounds alternate in who goes first, so that drift hits both alike."""
-    turns = (_turns(first), _turns(second))
-    times = np.empty((2, repeats))
+def rounds(runners: Sequence[Callable[[], Any]], repeats: int) -> np.ndarray:
+    """Milliseconds a call, [runner, round]; each round starts with another runner, so that drift hits all alike."""
+    turns = [_turns(run) for run in runners]
+    times = np.empty((len(runners), repeats))
     for i in range(repeats):
-        for which in (0, 1) if i % 2 == 0 else (1, 0):
-            times[which, i] = _block((first, second)[which], turns[which])
+        for k in range(len(runners)):
+            which = (i + k) % len(runners)
+            times[which, i] = _block(runners[which], turns[which])
+    return times
+
+
+def interleaved(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """`rounds` of two."""
+    times = rounds((first, second), repeats)
     return times[0], times[1]
 
 
@@ -121,13 +128,19 @@ def latency(artifact: Path, onnx_path: Path, repeats: int = 30) -> dict[str, Any
     return measure(*load_pair(artifact, onnx_path), repeats)
 
 
-def measure(loaded: Artifact, packed: Packed, model: bytes, repeats: int) -> dict[str, Any]:
-    """`latency` of what is loaded already."""
+def measure(
+    loaded: Artifact, packed: Packed, model: bytes, repeats: int, float_model: bytes | None = None
+) -> dict[str, Any]:
+    """`latency` of what is loaded already; `float_model` adds "float", ONNX Runtime on it, to the same rounds."""
     if repeats < 1:
         raise RecipeError(f"{repeats} repeats measure nothing: give 1 or more")
     x = np.random.default_rng(0).standard_normal(loaded.input_shape).astype(np.float32)
     run, output = ort_runner(model, x)
-    ours, theirs = interleaved(loaded.runner(x, packed), run, repeats)
+    runners = {"artifact": loaded.runner(x, packed), "onnxruntime": run}
+    if float_model is not None:
+        runners["float"] = ort_runner(float_model, x)[0]
+    times = dict(zip(runners, rounds(list(runners.values()), repeats), strict=True))
+    ours, theirs = times["artifact"], times["onnxruntime"]
     ratios = np.percentile(ours / theirs, (25, 75))
     ratio = {
         "median": float(np.median(ours) / np.median(theirs)),
@@ -135,9 +148,7 @@ def measure(loaded: Artifact, packed: Packed, model: bytes, repeats: int) -> dic
         "unit": "ratio",
         "source": "measured",
     }
-    return {
-        "artifact": summary(ours),
-        "onnxruntime": summary(theirs),
+    return {name: summary(values) for name, values in times.items()} | {
         "ratio": ratio,
         "largest_difference": float(np.abs(loaded.run(x, packed) - output()).max(initial=0)),
         "machine": machine(),

@@ -6,22 +6,53 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from qdeploy.compile.artifact import Artifact, Packed
 from qdeploy.profile.bitops import bitops, read_values
+from qdeploy.profile.explain import layer_lines, sentences
+from qdeploy.profile.float_model import float_model
 from qdeploy.profile.latency import load_pair, measure
+from qdeploy.profile.layers import layer_rows, recorded, replayed
 from qdeploy.profile.memory import memory
+from qdeploy.profile.peak import SIZES, measured_peak
+from qdeploy.qdq import parse_model
 
 
-def profile(artifact: Path, onnx_path: Path, repeats: int = 30) -> dict[str, Any]:
+def profile(artifact: Path, onnx_path: Path, repeats: int = 30, layers: bool = False) -> dict[str, Any]:
     """Latency of `artifact` running level `onnx_path` and of ONNX Runtime, BitOPs, memory.
 
     `latency`'s keys, and "target", "bitops" ({"layers", "total"}), "memory" ({name: measure}); numbers say their unit
-    and whether they are measured or predicted. Raises ModelError, CompileError or DeviceError for what cannot be used.
+    and whether they are measured or predicted. `layers` adds "float" (ONNX Runtime on the float network), "peak"
+    (measured here), "run" (a whole run, and what of it passes between kernels), "layers" (`layer_rows`) and "why".
+    Raises ModelError, CompileError or DeviceError for what cannot be used.
     """
     loaded, packed, model = load_pair(artifact, onnx_path)
     graph, values = read_values(onnx_path)
     cost = memory(graph, values, loaded.arena_bytes, packed.nbytes)
     head = {"target": loaded.description["target"], "bitops": bitops(onnx_path), "memory": cost.to_json()}
-    return head | measure(loaded, packed, model, repeats)
+    if not layers:
+        return head | measure(loaded, packed, model, repeats)
+    fp32 = float_model(parse_model(model, str(onnx_path))).SerializeToString()
+    found = head | measure(loaded, packed, model, repeats, fp32) | by_layer(artifact, loaded, packed, repeats)
+    return found | {"why": sentences(found)}
+
+
+def by_layer(artifact: Path, loaded: Artifact, packed: Packed, repeats: int) -> dict[str, Any]:
+    """The part of `profile` that `layers` adds, but for the sentences."""
+    target = loaded.description["target"]
+    peak = measured_peak(tuple(target["features"]))
+    x = np.random.default_rng(0).standard_normal(loaded.input_shape).astype(np.float32)
+    calls = recorded(artifact, packed, x)
+    times, runs = replayed(calls, loaded.runner(x, packed), repeats)
+    rows = layer_rows(calls, loaded.description["kernels"], times, peak)
+    copies = [{"bytes": size, "gbytes_s": rate / 1e9} for size, rate in zip(SIZES, peak.bytes, strict=True)]
+    whole, between = float(np.median(runs)), float(np.median(runs - times.sum(1)))
+    return {
+        "peak": {"gops": peak.operations / 1e9, "dot": target["dot"], "copies": copies},
+        "run": {"whole": whole, "between": max(0.0, between), "unit": "ms", "source": "measured"},
+        "layers": rows,
+    }
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
@@ -33,7 +64,9 @@ def machine_line(machine: Mapping[str, Any]) -> str:
 def latency_lines(found: Mapping[str, Any]) -> list[str]:
     """Both runtimes and their ratio."""
     lines = []
-    for key, label in (("artifact", "compiled artifact"), ("onnxruntime", "ONNX Runtime")):
+    for key, label in (("artifact", "compiled artifact"), ("onnxruntime", "ONNX Runtime"), ("float", "its fp32")):
+        if key not in found:
+            continue
         row = found[key]
         low, high = row["quartiles"]
         lines.append(f"{label:18} {row['median']:9.3f} ms   quartiles {low:.3f} .. {high:.3f}, {row['rounds']} rounds")
@@ -58,4 +91,6 @@ def render(found: Mapping[str, Any]) -> str:
     lines += [f"complexity (BitOPs / 64): {total['complexity']['value']:,.0f} multiply-adds", ""]
     for name, row in sizes.items():
         lines.append(f"{name.replace('_', ' '):18} {row['value']:>12,} bytes ({row['source']})")
+    if "layers" in found:
+        lines += ["", *layer_lines(found)]
     return "\n".join(lines)

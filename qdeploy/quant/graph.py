@@ -104,14 +104,17 @@ class _Reader:
         self.names: dict[fx.Node, str] = {}
         self.input = ""
         self.output: fx.Node | None = None
+        self.shapes: set[fx.Node] = set()  # values that are a shape, and those that are the batch size
+        self.batch: set[fx.Node] = set()
 
     def read(self) -> Graph:
         problems = []
         for node in self.traced.graph.nodes:
             try:
                 self.visit(node)
-            except ModelError as e:
-                problems.append(f"{node.target if node.op != 'placeholder' else node.name}: {e}")
+            except (ModelError, IndexError, KeyError, TypeError) as e:
+                text = str(e) if isinstance(e, ModelError) else f"its arguments cannot be read ({e!r})"
+                problems.append(f"{node.name}: {text}")
                 self.names[node] = self.input
         if problems:
             raise ModelError("the network cannot be quantized: " + "; ".join(problems))
@@ -144,7 +147,8 @@ class _Reader:
         elif node.op == "call_module":
             self.module(node, self.modules[str(node.target)])
         elif node.op in ("call_function", "call_method"):
-            self.function(node)
+            if not self.size(node):
+                self.function(node)
         else:
             raise ModelError(f"{node.op} is not supported")
 
@@ -161,7 +165,7 @@ class _Reader:
         elif isinstance(module, nn.MaxPool2d):
             attributes = _max_pool(module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
             self.add(node, "max_pool", (source,), name, attributes=attributes)
-        elif isinstance(module, nn.AdaptiveAvgPool2d) and _pair(module.output_size or 0) == [1, 1]:
+        elif isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size in (1, (1, 1), [1, 1]):
             self.add(node, "global_average_pool", (source,), name)
         elif isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
             self.add(node, "flatten", (source,), name)
@@ -195,13 +199,38 @@ class _Reader:
         elif target in (torch.mean, "mean"):
             self.mean(node)
         elif target in (torch.flatten, "flatten"):
-            if list(args[1:]) not in ([1], [1, -1]) or kwargs:
-                raise ModelError("flatten must start at axis 1")
+            axes = dict(zip(("start_dim", "end_dim"), args[1:], strict=False)) | kwargs
+            if (axes.get("start_dim", 0), axes.get("end_dim", -1)) != (1, -1):
+                raise ModelError("flatten must go from axis 1 to the last")
             self.add(node, "flatten", (self.tensor(args[0]),))
+        elif target in ("view", "reshape", torch.reshape):
+            self.reshape(node)
+        elif target is F.avg_pool2d:
+            raise ModelError("avg_pool2d as a function: use the module torch.nn.AvgPool2d")
         elif target in (F.dropout, "contiguous"):
             self.names[node] = self.tensor(args[0])
         else:
             raise ModelError(f"function {getattr(target, '__name__', target)} cannot be quantized")
+
+    def reshape(self, node: fx.Node) -> None:
+        """view(batch, -1), as flattening is often written; `batch` is x.size(0), x.shape[0] or 1."""
+        shape = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], tuple | list) else node.args[1:]
+        batch, rest = shape if len(shape) == 2 else (None, None)
+        if rest != -1 or not (batch == 1 or (isinstance(batch, fx.Node) and batch in self.batch)):
+            raise ModelError("only view(x.size(0), -1) can be read: write torch.flatten(x, 1)")
+        self.add(node, "flatten", (self.tensor(node.args[0]),))
+
+    def size(self, node: fx.Node) -> bool:
+        """True where `node` only asks for a tensor's shape; the batch size among it is remembered for `reshape`."""
+        args = node.args
+        if node.target == "size" or (node.target is getattr and args[1] == "shape"):
+            (self.batch if len(args) > 1 and args[1] == 0 else self.shapes).add(node)
+            return True
+        if node.target is operator.getitem and args[0] in self.shapes:
+            if args[1] == 0:
+                self.batch.add(node)
+            return True
+        return False
 
     def mean(self, node: fx.Node) -> None:
         source = self.tensor(node.args[0])

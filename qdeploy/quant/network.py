@@ -52,12 +52,14 @@ def _safe(name: str) -> str:
 class QuantNet(nn.Module):
     """Simulates the integer network at any choice of widths; forward takes the choice as an argument.
 
-    `graph` is `read_graph(network)`. `fixed` names the layers that stay at 8 bits (or float) at every level. Batch norm
-    and activation steps are separate for each width (vertical layering, section 4.2.2); weights and weight steps are
-    shared.
+    `graph` is `read_graph(network)`; `signed_input` says that inputs may be negative. `fixed` names the layers that
+    stay at 8 bits (or float) at every level. Batch norm and activation steps are separate for each width (vertical
+    layering, section 4.2.2); weights and weight steps are shared.
     """
 
-    def __init__(self, network: nn.Module, graph: Graph, name: str, choice: Quantization) -> None:
+    def __init__(
+        self, network: nn.Module, graph: Graph, name: str, choice: Quantization, signed_input: bool = False
+    ) -> None:
         super().__init__()
         self.network, self.graph, self.name, self.choice = network, graph, name, choice
         self.steps = {step.name: step for step in self.graph.steps}
@@ -65,7 +67,7 @@ class QuantNet(nn.Module):
         if len(layers) < 2:  # noqa: PLR2004
             raise ModelError("a network needs at least two conv or linear layers to be quantized")
         self.fixed = {layers[0].name, layers[-1].name}
-        self.placements = {p.tensor: p for p in self._place()}
+        self.placements = {p.tensor: p for p in self._place(signed_input)}
         self.weights = nn.ModuleDict()
         self.norms = nn.ModuleDict()
         self.streams = nn.ModuleDict()
@@ -87,9 +89,9 @@ class QuantNet(nn.Module):
         varies = self.choice.activation_bits == "same"
         return varies and step.op in ("conv", "linear") and step.name not in self.fixed
 
-    def _place(self) -> list[Placement]:
+    def _place(self, signed_input: bool) -> list[Placement]:
         found: dict[str, Placement] = {}
-        signed = {self.graph.input: False}
+        signed = {self.graph.input: signed_input}
         for step in self.graph.steps:
             signed[step.name] = signed[step.inputs[0]] if step.op in PASSES_SIGN and not step.relu else not step.relu
         for tensor in (self.graph.input, *(step.name for step in self.graph.steps)):
@@ -135,6 +137,8 @@ class QuantNet(nn.Module):
 
     def check_spec(self, spec: SubnetSpec) -> None:
         """Raise RecipeError unless this network can take `spec`; names the layer and its choices."""
+        if spec.network != self.name:
+            raise RecipeError(f"the spec is for network {spec.network!r}, this one is {self.name!r}")
         names = [step.name for step in self.graph.layers]
         if [entry.layer for entry in spec.layers] != names:
             raise RecipeError(f"the spec's layers are not the network's: those are {', '.join(names)}")

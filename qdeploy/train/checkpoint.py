@@ -1,4 +1,4 @@
-"""One file holds a whole training state: tensors (safetensors) and where the run stands (JSON in its header).
+"""One file holds a whole training state: a JSON line with the digest, where the run stands (JSON), tensors.
 
 The state of randomness is a position: shuffling and augmentation are functions of (seed, phase, epoch, step), so a run
 that resumes at a step continues as the uninterrupted one would, bit for bit.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from qdeploy.errors import ModelError
-from qdeploy.files import read_bytes, sha256, write_atomic
+from qdeploy.files import canonical_json, read_bytes, sha256, write_atomic
 
 FORMAT = "qdeploy-checkpoint/1"
 
@@ -25,24 +25,23 @@ FORMAT = "qdeploy-checkpoint/1"
 def save_checkpoint(path: Path, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write atomically. `state` is plain JSON; tensors of any shape and dtype."""
     content = save({k: v.detach().contiguous().clone() for k, v in sorted(tensors.items())})
-    head = json.dumps({"format": FORMAT, "tensors": sha256(content), **state}, sort_keys=True).encode()
-    write_atomic(path, len(head).to_bytes(8, "little") + head + content)
+    head = canonical_json(state)
+    prefix = canonical_json({"format": FORMAT, "sha256": sha256(head + content), "state": len(head)})
+    write_atomic(path, prefix + head + content)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Inverse of `save_checkpoint`; raises ModelError when the file is damaged, edited or of another kind."""
     data = read_bytes(path, "the checkpoint", ModelError)
-    size = int.from_bytes(data[:8], "little")
+    line, _, rest = data.partition(b"\n")
     try:
-        if len(data) < 8 + size:
-            raise ValueError("it is cut short")
-        state = json.loads(data[8 : 8 + size])
-        if state.pop("format") != FORMAT:
+        prefix = json.loads(line)
+        if prefix["format"] != FORMAT:
             raise ValueError("it is of another format")
-        content = data[8 + size :]
-        if state.pop("tensors") != sha256(content):
+        if prefix["sha256"] != sha256(rest):
             raise ValueError("its digest does not match")
-        return state, load(content)
+        size = int(prefix["state"])
+        return json.loads(rest[:size]), load(rest[size:])
     except (ValueError, KeyError, AttributeError, TypeError, SafetensorError) as e:
         raise ModelError(f"{path} is not a sound qdeploy checkpoint ({e}): train or copy it again") from e
 

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from qdeploy.quant.network import MIN_NORM_FACTOR
 from qdeploy.recipe import Schedule
 from qdeploy.train.groups import decay_groups
-
-MIN_NORM_FACTOR = 1e-3
 
 
 class FullPrecision:

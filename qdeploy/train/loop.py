@@ -78,18 +78,17 @@ def cosine(step: int, total: int) -> float:
 def run_phase(phase: Phase, recipe: Recipe, data: Dataset, run: Path, echo: Echo) -> None:
     """Train `phase` to its end, from its checkpoint in `run` if there is one.
 
-    A checkpoint is written every CHECKPOINT_SECONDS, at every epoch's end and on Ctrl-C (which is raised again).
+    `data` holds at least one batch. A checkpoint is written every CHECKPOINT_SECONDS, at the end and on Ctrl-C, which
+    is raised again.
     Raises ModelError when a loss stops being finite, DeviceError when the disk is full.
     """
     schedule = phase.schedule
     per_epoch = len(data.labels) // schedule.batch
-    if per_epoch < 1:
-        raise ModelError(f"{len(data.labels)} images make no batch of {schedule.batch}: lower the recipe's batch")
     total = per_epoch * schedule.epochs
     phase.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # 1.3 times faster here
     optimizer = make_optimizer(phase)
     path = run / f"{phase.name}.checkpoint"
-    done = resume(path, phase, recipe, optimizer) if path.exists() else 0
+    done = resume(path, phase, recipe, optimizer, total) if path.exists() else 0
     progress = Progress(echo, phase.name, total, done)
     saved = time.monotonic()
     try:
@@ -135,11 +134,13 @@ def store(path: Path, phase: Phase, recipe: Recipe, optimizer: SGD, steps: tuple
     save_checkpoint(path, state, tensors)
 
 
-def resume(path: Path, phase: Phase, recipe: Recipe, optimizer: SGD) -> int:
-    """Load a phase's checkpoint into it and return the number of steps done."""
+def resume(path: Path, phase: Phase, recipe: Recipe, optimizer: SGD, total: int) -> int:
+    """Load a phase's checkpoint into it and return the number of steps done, of `total`."""
     state, tensors = load_checkpoint(path)
     if state.get("recipe") != recipe.to_json() or state.get("phase") != phase.name:
         raise ModelError(f"{path} was made by another recipe: choose another output folder or restore that recipe")
+    if state.get("total") != total:
+        raise ModelError(f"{path} was made on other data: it counts {state.get('total')} steps, not {total}")
     load_module(phase.module, tensors, "model/", str(path))
     restore_momentum(optimizer, tensors)
     return int(state["done"])

@@ -76,7 +76,7 @@ def write_recipe(run: Path, recipe: Recipe) -> None:
     """Keep the recipe in the run; another recipe's run is refused."""
     path = run / "recipe.json"
     content = canonical_json(recipe.to_json())
-    if path.exists() and path.read_bytes() != content:
+    if path.exists() and read_bytes(path, "the run's recipe", ModelError) != content:
         raise ModelError(f"{run} holds a run of another recipe: choose another output folder")
     write_atomic(path, content)
 
@@ -91,8 +91,12 @@ def train(
     """
     run = Path(run)
     data, test = training_set(recipe, data_dir), load(recipe.data.name, "test", data_dir)
-    write_recipe(run, recipe)
     network = new_network(recipe, test.images.shape[1], test.classes)
+    new_quantized(recipe, network, test.images.shape[1:])  # what cannot be quantized is refused before it is trained
+    for schedule in (recipe.float_phase, recipe.quantized_phase):
+        if len(data.labels) < schedule.batch:
+            raise ModelError(f"{len(data.labels)} images make no batch of {schedule.batch}: lower the recipe's batch")
+    write_recipe(run, recipe)
     if float_from is None:
         run_phase(FullPrecision(network, recipe.float_phase), recipe, data, run, echo)
     else:
@@ -124,7 +128,10 @@ def load_run(run: Path) -> tuple[Recipe, QuantNet]:
         )
     if json.loads(canonical_json(state["recipe"])) != recipe.to_json():
         raise ModelError(f"the checkpoint in {run} belongs to another recipe than its recipe.json")
-    shape, classes = tuple(state["images"]["shape"]), int(state["images"]["classes"])
+    try:
+        shape, classes = tuple(int(v) for v in state["images"]["shape"]), int(state["images"]["classes"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise ModelError(f"the checkpoint in {run} does not say which images it takes: train again") from e
     net = new_quantized(recipe, new_network(recipe, shape[0], classes), shape)
     load_module(net, tensors, "model/", str(run))
     return recipe, net

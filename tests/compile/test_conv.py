@@ -16,7 +16,7 @@ from qdeploy.compile.pack import Stored, WeightSpec, pack_kernel
 from qdeploy.compile.pipeline import OPTIONS
 from qdeploy.frozen import Node, Quantizer
 from qdeploy.integer import conv_accumulate, requantize, requantize_scale
-from qdeploy.target import Target, missing_features
+from qdeploy.target import Target, missing_features, request_tiles
 
 # channels in, channels out, groups, height, width, window, border of the output
 SHAPES = [
@@ -35,15 +35,22 @@ SHAPES = [
     (20, 20, 20, 9, 9, Window((5, 5), (1, 1), (4, 4, 4, 4), (2, 2)), (0, 0, 0, 0)),
     (7, 13, 1, 3, 4, Window((3, 4)), (0, 0, 0, 0)),
     (6, 40, 1, 1, 1, Window((1, 1)), (0, 0, 0, 0)),
+    (70, 40, 1, 5, 37, Window((3, 3), (1, 1), (1, 1, 1, 1)), (1, 1, 0, 0)),
+    (68, 48, 1, 7, 5, Window((1, 1)), (0, 0, 0, 0)),
+    (100, 100, 100, 7, 9, Window((3, 3), (1, 1), (1, 1, 1, 1)), (0, 1, 0, 0)),
+    (70, 70, 70, 9, 8, Window((5, 3), (2, 1), (2, 1, 2, 1)), (0, 0, 0, 0)),
+    (960, 10, 1, 3, 3, Window((3, 3)), (0, 0, 0, 0)),
+    (20, 20, 20, 9, 9, Window((7, 7), (1, 1), (3, 3, 3, 3)), (0, 0, 0, 0)),
 ]  # fmt: skip
-FEW = (1, 2, 7, 8, 11)  # shapes for instructions that differ little from another one
-FULL = ("vpdpbusd", "pmaddwd")
+FEW = (1, 2, 7, 8, 11, 17)  # shapes for instructions that differ little from another one
+FULL = ("vpdpbusd", "pmaddwd", "amx")
 CPUS = {
     "vpdpbusd": ("x86-64-v4", ("avx512vnni",)),
     "pmaddwd512": ("x86-64-v4", ()),
     "vpdpbusd256": ("x86-64-v3", ("avxvnni",)),
     "pmaddwd": ("x86-64-v3", ()),
     "none": ("x86-64", ()),
+    "amx": ("x86-64-v4", ("avx512vnni", "amx-tile", "amx-int8")),
 }
 
 
@@ -68,7 +75,7 @@ def weight_spec(spec: ConvSpec) -> WeightSpec:
     channel = (outputs,)
     return WeightSpec(
         spec, Stored("int8", (outputs, spec.inputs, *window)), Stored("float32", channel), Stored("int8", channel),
-        Stored("int32", channel), Stored("float32", channel), None, False,
+        Stored("int32", channel), Stored("float32", channel), None, False, True,
     )  # fmt: skip
 
 
@@ -78,6 +85,8 @@ def test_every_shape_is_exact(name: str) -> None:
     resolved = resolve(Target("test", "x86_64", "llvm", cpu, features))
     if lacking := missing_features(resolved.features):
         pytest.skip(f"this machine has no {', '.join(lacking)}")
+    if resolved.dot.tiles and not request_tiles():
+        pytest.skip("the kernel of this machine does not give tiles")
     functions = {}
     chosen = range(len(SHAPES)) if name in FULL else FEW
     for i in chosen:

@@ -17,6 +17,9 @@ def test_features_decide_the_instruction() -> None:
     assert resolve(replace(BASE, cpu="x86-64")).dot.instruction == "none"
     assert resolve(replace(BASE, cpu="cascadelake", features=("-avx512f",))).dot.instruction == "pmaddwd"
     assert choose_dot({"avx2", "avxvnni"}).lanes == 8
+    amx = resolve(replace(BASE, cpu="x86-64-v4", features=("avx512vnni", "amx-tile", "amx-int8")))
+    assert amx.dot.tiles and {"amx-tile", "amx-int8"} <= set(amx.features)
+    assert not resolve(replace(BASE, cpu="sapphirerapids", features=("-amx-int8",))).dot.tiles
 
 
 def test_required_features_are_recorded() -> None:

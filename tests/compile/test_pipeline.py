@@ -21,8 +21,8 @@ from qdeploy.frozen import FrozenNet, Quantizer
 from qdeploy.integer import dequantize, run
 from qdeploy.qdq import arrays, canonical_bytes, graph_digest, parse_model
 from qdeploy.target import Target, load_target
-from tests.compile.test_read import Net
 from tests.nets_frozen import Builder, ladder_of, random_frozen
+from tests.qdq_models import Net
 
 TARGET = load_target(Path(__file__).parents[2] / "targets" / "x86-64.toml")
 HOST = Target("host", "x86_64", "llvm", "host")

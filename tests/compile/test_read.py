@@ -6,57 +6,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from onnx import ModelProto, helper, numpy_helper
-from onnx import TensorProto as TP
+from onnx import ModelProto
 
 from qdeploy.compile.graph import Window
 from qdeploy.compile.read import read_graph
 from qdeploy.errors import CompileError
 from qdeploy.export.write import qdq_bytes
-from qdeploy.qdq import canonical_bytes, parse_model
+from qdeploy.qdq import parse_model
 from tests.nets_frozen import random_frozen
-
-
-class Net:
-    """A QDQ model by hand: activations have the quantizer `s`, `z` unless said otherwise."""
-
-    def __init__(self, shape: tuple[int, ...] = (1, 4, 6, 6), zero: type = np.uint8) -> None:
-        self.shape, self.nodes, self.count = shape, [], 0
-        self.initializers = {"s": np.float32(0.1), "z": zero(3)}
-
-    def store(self, name: str, array: np.ndarray) -> str:
-        self.initializers[name] = np.asarray(array)
-        return name
-
-    def node(self, op: str, *inputs: str, **attributes: object) -> str:
-        self.count += 1
-        self.nodes.append(helper.make_node(op, inputs, [f"v{self.count}"], f"{op.lower()}{self.count}", **attributes))
-        return f"v{self.count}"
-
-    def q(self, value: str, s: str = "s", z: str = "z") -> str:
-        return self.node("DequantizeLinear", self.node("QuantizeLinear", value, s, z), s, z)
-
-    def weight(self, *shape: int, axis: int = 0, bias: bool = True) -> list[str]:
-        n = len(self.initializers)
-        rng = np.random.default_rng(n)
-        channels = shape[axis]
-        w = self.store(f"w{n}", rng.integers(-64, 65, shape).astype(np.int8))
-        s = self.store(f"ws{n}", rng.uniform(0.01, 0.02, channels).astype(np.float32))
-        out = [self.node("DequantizeLinear", w, s, self.store(f"wz{n}", np.zeros(channels, np.int8)), axis=axis)]
-        if bias:
-            b = self.store(f"b{n}", rng.integers(-99, 99, channels).astype(np.int32))
-            bs = self.store(f"bs{n}", np.float32(0.1) * self.initializers[s])
-            out.append(self.node("DequantizeLinear", b, bs, axis=0))
-        return out
-
-    def model(self, output: str, rank: int = 4, opset: int = 13) -> ModelProto:
-        graph = helper.make_graph(
-            self.nodes, "g", [helper.make_tensor_value_info("x", TP.FLOAT, self.shape)],
-            [helper.make_tensor_value_info(output, TP.FLOAT, [None] * rank)],
-            [numpy_helper.from_array(np.asarray(a), name) for name, a in self.initializers.items()],
-        )  # fmt: skip
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
-        return parse_model(canonical_bytes(model))
+from tests.qdq_models import Net
 
 
 def kinds(model: ModelProto) -> list[str]:
@@ -130,10 +88,9 @@ def _float_weight(net: Net) -> str:
     return net.q(net.node("Conv", net.q("x"), net.store("w", np.zeros((4, 4, 1, 1), np.float32))))
 
 
-def _float_bias(net: Net) -> str:
-    return net.q(
-        net.node("Conv", net.q("x"), *net.weight(4, 4, 1, 1, bias=False), net.store("b", np.zeros(4, np.float32)))
-    )
+def _wrong_bias(net: Net) -> str:
+    x = net.q("x")
+    return net.q(net.node("Conv", x, *net.weight(4, 4, 1, 1, bias=False), net.node("Relu", x)))
 
 
 def _per_channel_activation(net: Net) -> str:
@@ -146,16 +103,35 @@ def _wrong_axis(net: Net) -> str:
     return net.q(net.node("Conv", net.q("x"), *w))
 
 
+def _pooled(net: Net, size: int = 3) -> str:
+    """The input at 3 x 3, or as it is through a second quantizer."""
+    s2 = net.store("s2", np.float32(0.2))
+    x = net.q("x", s2)
+    return x if size == 6 else net.q(net.node("MaxPool", x, kernel_shape=[2, 2], strides=[2, 2]), s2)
+
+
 REFUSED: list[tuple[Callable[[Net], str], str]] = [
-    (lambda net: net.q(net.node("Sigmoid", net.q("x"))), "Sigmoid sigmoid3: this operator has no integer kernel"),
+    (lambda net: net.q(net.node("Sin", net.q("x"))), "Sin sin3: this operator has no integer kernel"),
     (lambda net: net.node("Relu", net.q("x")), "output v3 is not quantized: put"),
     (lambda net: net.q(net.node("Relu", "x")), "put QuantizeLinear and DequantizeLinear before it"),
     (_unquantized_add, "input v5 of conv5 is not quantized: put QuantizeLinear behind it"),
     (_float_weight, "weight w is not an initializer behind DequantizeLinear"),
-    (_float_bias, "bias b is not an int32 initializer"),
+    (_wrong_bias, "bias v4 is neither int32 behind DequantizeLinear nor float32"),
     (_per_channel_activation, "activations are quantized per tensor"),
     (_wrong_axis, "is neither one value nor one for each of 4 output channels"),
-    (lambda net: net.q(net.node("Add", net.q("x"), net.q(net.node("GlobalAveragePool", net.q("x"))))), "equal shapes"),
+    (lambda net: net.q(net.node("Add", net.q("x"), net.q(net.node("Flatten", net.q("x"))))), "mixes [1, N] and [1, C,"),
+    (lambda net: net.q(net.node("Add", net.q("x"), _pooled(net))), "[1, 4, 6, 6] and [1, 4, 3, 3] do not broadcast"),
+    (lambda net: net.q(net.node("Mul", net.q("x"), net.node("Sigmoid", _pooled(net, 6)))), "several activations"),
+    (lambda net: net.q(net.node("Mul", net.q("x"), net.store("c", np.ones(4, np.float32)))), "store it behind Deq"),
+    (lambda net: net.q(net.node("Div", net.q("x"), net.store("c", np.float32(0)))), "divides by 0"),
+    (lambda net: net.q(net.node("Log", net.q("x"))), "values that are not finite"),
+    (lambda net: net.q(net.node("ReduceMean", net.node("Sigmoid", net.q("x")), axes=[2, 3])), "of sigmoid3 is not"),
+    (lambda net: net.q(net.node("Softmax", net.q("x"), axis=2)), "only the softmax over channels"),
+    (lambda net: net.q(net.node("Concat", net.q("x"), net.q("x"), axis=2)), "only concatenation over channels"),
+    (lambda net: net.q(net.node("Reshape", net.q("x"), net.store("n", np.array([1, 6, 6, 4])))), "[1, N] and back"),
+    (lambda net: net.q(net.node("Pad", net.q("x"), net.store("n", np.array([0, 1] * 4)))), "pad more than H and W"),
+    (lambda net: net.q(net.node("Resize", net.q("x"), "", net.store("n", np.float32([1, 1, 1.5, 2])))), "not whole"),
+    (lambda net: net.q(net.node("Transpose", net.q("x"), perm=[0, 2, 3, 1])), "no integer kernel"),
     (lambda net: net.q(net.node("Conv", net.q("x"), *net.weight(4, 4, 9, 9))), "does not fit into 6 x 6"),
     (lambda net: net.q(net.node("Conv", net.q("x"), *net.weight(4, 3, 1, 1))), "does not fit 4 channels"),
     (lambda net: net.q(net.node("MatMul", net.q("x"), *net.weight(6, 6, axis=1, bias=False))), "flatten it"),
@@ -177,9 +153,9 @@ def test_what_is_refused(make: Callable[[Net], str], message: str) -> None:
 
 def test_all_problems_are_listed_once() -> None:
     net = Net()
-    x = net.q(net.node("Sigmoid", net.q("x")))
+    x = net.q(net.node("Sin", net.q("x")))
     x = net.q(net.node("Conv", x, *net.weight(4, 4, 1, 1)))
-    x = net.q(net.node("HardSwish", net.q("x")))
+    x = net.q(net.node("Cos", net.q("x")))
     with pytest.raises(CompileError) as caught:
         read_graph(net.model(x, opset=14))
     assert str(caught.value).count("no integer kernel") == 2

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,9 +121,22 @@ def test_a_damaged_checkpoint_is_refused(finished: tuple[Recipe, Path], tmp_path
         load_run(run)
 
 
+def test_an_edited_state_is_refused(finished: tuple[Recipe, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished[1], run)
+    path = run / "quantized.checkpoint"
+    data = path.read_bytes()
+    assert data.count(b'"done":16') == 1
+    path.write_bytes(data.replace(b'"done":16', b'"done":11'))
+    for again in (lambda: train(finished[0], run, None, quiet), lambda: load_run(run)):
+        with pytest.raises(ModelError, match="digest"):
+            again()
+
+
 def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no batch of 64"):
         train(tiny_recipe(images=32), tmp_path / "run", None, quiet)
+    assert not (tmp_path / "run").exists()
 
 
 CHOICES: list[dict[str, object]] = [
