@@ -14,15 +14,16 @@ from typing import cast
 import numpy as np
 from torch import nn
 
+from qdeploy.bundle.codec import encode
 from qdeploy.bundle.planes import gather, split
 from qdeploy.errors import RecipeError
 from qdeploy.quant.graph import Step
 from qdeploy.quant.grid import container_codes
 from qdeploy.quant.network import QuantNet
 from qdeploy.space import SubnetSpec
+from qdeploy.subnet import check_integer, small_tensors
 
-SIDE_BYTES_PER_CHANNEL = 12  # weight scale, bias scale, bias
-SIDE_BYTES_PER_TENSOR = 7  # scale, zero point, two Clip bounds
+SIDE_MARGIN = 1.03  # calibration for a mix changes the small tensors' values, and with them how well they code
 GRAIN = 20_000  # bytes are rounded up to budget / GRAIN, which bounds the number of states
 
 
@@ -42,12 +43,15 @@ def layer_options(net: QuantNet, step: Step) -> list[Option]:
     top = quantizer.top
     codes = quantizer.top_codes(layer.weight)
     widths = [8] if step.name in net.fixed else list(net.choice.widths)
-    parts = [widths[0], *(high - low for low, high in zip(widths, widths[1:], strict=False))]
-    if sum(parts) < top:
+    if widths[-1] != top:
         raise RecipeError(f"layer {step.name}: widths {widths} do not reach its top width {top}")
-    outputs = codes.shape[0]
-    coded = split((codes + (1 << (top - 1))).astype(np.uint8).reshape(outputs, -1), top, parts)
-    sizes = np.cumsum([sum(len(piece.data) for piece in gather([part])) for part in coded])
+    unused = top - _width(codes)  # leading planes that say nothing are not sent
+    held = [max(1, width - unused) for width in widths]
+    parts = [held[0], *(high - low for low, high in zip(held, held[1:], strict=False))]
+    left_aligned = (codes + (1 << (top - unused - 1))).astype(np.uint8).reshape(codes.shape[0], -1)
+    coded = split(left_aligned, top - unused, [part for part in parts if part])
+    cost = iter([sum(len(piece.data) for piece in gather([part])) for part in coded])
+    sizes = np.cumsum([next(cost) if part else 0 for part in parts])
     reference = container_codes(codes, top, top, quantizer.compensation).astype(np.float64)
     options = []
     for width, size in zip(widths, sizes, strict=True):
@@ -57,11 +61,15 @@ def layer_options(net: QuantNet, step: Step) -> list[Option]:
     return options
 
 
+def _width(codes: np.ndarray) -> int:
+    """Fewest bits of two's complement that hold all codes, at least 1."""
+    return max(int(codes.max(initial=0)).bit_length(), int(~codes.min(initial=0)).bit_length()) + 1
+
+
 def side_bytes(net: QuantNet) -> int:
-    """Bytes of a level's small tensors before coding: an upper bound that is the same for every level."""
-    channels = sum(cast("nn.Conv2d | nn.Linear", step.module).weight.shape[0] for step in net.graph.layers)
-    tensors = sum(place.stream + place.low for place in net.placements.values())
-    return channels * SIDE_BYTES_PER_CHANNEL + tensors * SIDE_BYTES_PER_TENSOR
+    """Coded bytes of a level's small tensors: the most that a trained width needs, and a margin."""
+    check_integer(net)
+    return int(max(len(encode(small_tensors(net, net.uniform(w)))[1]) for w in net.choice.widths) * SIDE_MARGIN)
 
 
 def level_bytes(net: QuantNet, spec: SubnetSpec) -> int:

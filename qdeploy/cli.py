@@ -209,8 +209,9 @@ def compile_(model: Path, target: Path, out: Path, dump: Path | None, force: boo
 @click.argument("artifact", type=PATH)
 @click.option("--model", type=PATH, required=True, help="The QDQ ONNX level to run in it and in ONNX Runtime.")
 @click.option("--repeats", type=click.IntRange(1), default=30, show_default=True, help="Interleaved rounds.")
+@click.option("--layers", is_flag=True, help="Also time every kernel, and say why int8 is or is not faster here.")
 @as_json
-def profile(artifact: Path, model: Path, repeats: int, as_json: bool) -> None:
+def profile(artifact: Path, model: Path, repeats: int, layers: bool, as_json: bool) -> None:
     """Latency of ARTIFACT and of ONNX Runtime side by side, BitOPs, weight bytes, planned peak memory."""
     from qdeploy.selftest import check_tvm
 
@@ -218,7 +219,7 @@ def profile(artifact: Path, model: Path, repeats: int, as_json: bool) -> None:
     from qdeploy.profile.report import profile as measure
     from qdeploy.profile.report import render
 
-    found = measure(artifact, model, repeats)
+    found = measure(artifact, model, repeats, layers)
     click.echo(json.dumps(found) if as_json else render(found))
 
 

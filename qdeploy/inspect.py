@@ -305,7 +305,7 @@ def _run(path: Path) -> Description:
         for name in ("float", "quantized")
         if (path / f"{name}.checkpoint").is_file()
     ]
-    found = {
+    found: Description = {
         "kind": "training run",
         "name": recipe.name,
         "network": recipe.network.name,
@@ -316,9 +316,10 @@ def _run(path: Path) -> Description:
     if (path / "report.json").is_file():
         report = value("report.json", "the run's report")
         try:
-            found |= {"accuracy %": {"float": float(report["float"])} | dict(report["levels"])}
+            accuracy: dict[str, Any] = {"float": float(report["float"])} | dict(report["levels"])
         except (KeyError, TypeError, ValueError) as e:
             raise ModelError(f"{path / 'report.json'} is damaged: run `qdeploy train` on {path} again") from e
+        found["accuracy %"] = accuracy
     return found
 
 

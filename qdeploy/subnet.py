@@ -214,6 +214,31 @@ def _shapes(net: QuantNet, spec: SubnetSpec, image: Tensor) -> dict[str, tuple[i
     return shapes
 
 
+def _assemble(net: QuantNet, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], source: Quantizer) -> _Assembly:
+    """All nodes, quantizers and integer tensors of a calibrated network."""
+    out = _Assembly([], {net.graph.input: Activation(net.graph.input, shapes[net.graph.input], source)}, {}, {})
+    _freeze_low(net, net.graph.input, spec, shapes, out)
+    for step in net.graph.steps:
+        _freeze_step(net, step, spec, shapes, out)
+    return out
+
+
+def small_tensors(net: QuantNet, spec: SubnetSpec) -> bytes:
+    """What a level ships besides weight codes: scales, biases, zero points, Clip bounds, as they lie in the file."""
+    names = [net.graph.input, *net.steps]
+    out = _assemble(net, spec, dict.fromkeys(names, ()), PIXELS)
+    parts = []
+    for node in out.nodes:
+        if node.op in ("conv", "linear"):
+            scale = out.tensors[f"{node.name}.weight_scale"]
+            source = np.float32(out.activations[node.inputs[0]].quantizer.scale)
+            parts += [out.tensors[f"{node.name}.bias"].tobytes(), (source * scale).tobytes(), scale.tobytes()]
+        q = out.activations[node.output].quantizer
+        if node.op not in KEEPS_CODES:
+            parts.append(np.float32(q.scale).tobytes() + bytes([q.zero_point, q.lo, q.hi]))
+    return b"".join(parts)
+
+
 def check_integer(net: QuantNet) -> None:
     """Raise ModelError when layers were left in float: a legal model is integer from end to end."""
     if net.float_ends:
@@ -233,12 +258,7 @@ def to_integers(
     Raises ModelError when layers were left in float, since a legal model is integer from end to end.
     """
     check_integer(net)
-    shapes = _shapes(net, spec, torch.zeros(1, *golden.shape[1:]))
-    image = Activation(net.graph.input, golden.shape[1:], source)
-    out = _Assembly([], {net.graph.input: image}, {}, {})
-    _freeze_low(net, net.graph.input, spec, shapes, out)
-    for step in net.graph.steps:
-        _freeze_step(net, step, spec, shapes, out)
+    out = _assemble(net, spec, _shapes(net, spec, torch.zeros(1, *golden.shape[1:])), source)
     frozen = FrozenNet(
         name, spec, net.graph.input, net.graph.output, tuple(out.nodes), out.activations, out.weights, out.tensors, {}
     )

@@ -45,7 +45,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     # stages
     "train": ("errors files space recipe data nets quant", "numpy torch safetensors", ""),
     "subnet": ("errors files space recipe frozen integer data quant train", "numpy torch", ""),
-    "allocate": ("errors files space bundle quant", "numpy torch", ""),
+    "allocate": ("errors files space bundle quant subnet", "numpy torch", ""),
     "freeze": ("errors files space recipe frozen integer data quant subnet", "numpy torch", ""),
     "extract": ("errors files space recipe frozen data quant train subnet allocate freeze", "numpy torch", ""),
     "export": ("errors files space frozen integer qdq", "numpy onnx", "onnxsim onnxruntime"),

@@ -8,10 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdeploy import integer
-from qdeploy.allocate import Option, allocate, cheapest, layer_options, side_bytes
+from qdeploy.allocate import Option, allocate, cheapest, layer_options, level_bytes, side_bytes
+from qdeploy.bundle.store import pieces_of
+from qdeploy.bundle.write import write_bundle
 from qdeploy.data import Dataset
 from qdeploy.errors import ModelError, RecipeError
+from qdeploy.export import export_onnx
 from qdeploy.frozen import load_frozen, save_frozen
+from qdeploy.ladder import read_ladder
 from qdeploy.quant.grid import container_bits, midpoint
 from qdeploy.quant.network import QuantNet
 from qdeploy.space import SubnetSpec
@@ -88,6 +92,25 @@ def test_a_budget_is_kept_and_used(net: QuantNet) -> None:
     assert errors == sorted(errors, reverse=True) and errors[-1] == 0
     with pytest.raises(RecipeError, match=f"need {least}"):
         allocate(net, least - 1)
+
+
+def test_a_promised_size_is_what_a_bundle_sends(fashion_sample: Dataset, tmp_path: Path) -> None:
+    shipped = load_run(Path(__file__).parents[1] / "models" / "fashion-resnet8")[1]
+    levels = {"w2": shipped.uniform(2), "w4": shipped.uniform(4)}
+    budget = sum(level_bytes(shipped, spec) for spec in levels.values()) // 2
+    levels |= {"mixed": allocate(shipped, budget, levels["w2"])}
+    for name, spec in levels.items():
+        export_onnx(extract(shipped, spec, "m", fashion_sample.images, None), tmp_path / f"{name}.onnx")
+    manifest = write_bundle(read_ladder([tmp_path / f"{name}.onnx" for name in levels]), [], tmp_path / "tree")
+    sides = {level.side for level in manifest.levels}
+    for name, spec in levels.items():
+        planes = set(pieces_of(manifest, name)) - sides - {manifest.skeleton}
+        side = manifest.level(name).side
+        assert side is not None
+        real = sum(manifest.pieces[piece].size for piece in (*planes, side))
+        promised = level_bytes(shipped, spec)
+        assert real <= promised <= 1.03 * real
+    assert level_bytes(shipped, levels["mixed"]) <= budget
 
 
 def test_a_nested_budget_extends_its_level(net: QuantNet) -> None:
