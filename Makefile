@@ -48,7 +48,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)
+bench: $(VENV)/.bench-installed
 	@set -e; for script in $(sort $(wildcard tools/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 models: $(STAMP)

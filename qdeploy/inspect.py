@@ -235,6 +235,8 @@ def _onnx(path: Path) -> Description:
     sidecar = path.with_name(path.name + ".json")
     if sidecar.is_file():
         value = parse_json(read_bytes(sidecar, "the sidecar", ModelError), str(sidecar), ModelError)
+        if not isinstance(value, dict) or value.get("model") != sha256(data):
+            raise ModelError(f"{sidecar} belongs to another file than {path.name}: export the model again or remove it")
         description |= {key: value[key] for key in ("name", "spec_id", "accuracy") if key in value}
     return description | {"weights": weights}
 
