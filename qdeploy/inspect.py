@@ -294,7 +294,6 @@ def _spec(path: Path) -> Description:
     return {"kind": "subnet spec", "network": spec.network, "id": spec.id, "layers": layers}
 
 
-# the file that tells what a folder is
 def _run(path: Path) -> Description:
     from qdeploy.recipe import from_dict
 
@@ -325,6 +324,7 @@ def _run(path: Path) -> Description:
     return found
 
 
+# the file that tells what a folder is
 FOLDERS: dict[str, Callable[[Path], Description]] = {
     "release.json": _bundle,
     "frozen.json": _frozen,

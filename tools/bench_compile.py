@@ -68,7 +68,7 @@ def onnxruntime_runner(model: bytes, x: np.ndarray, optimize: bool = True) -> Ru
 
 def openvino_runner(path: Path, x: np.ndarray) -> Runner:
     """OpenVINO on one thread and one stream, latency hint, its own choice of kernels."""
-    import openvino  # type: ignore[import-untyped]
+    import openvino
 
     core = openvino.Core()
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
