@@ -14,7 +14,14 @@ from typing import Any
 
 from qdeploy.errors import DeviceError, QDeployError
 
-MARKERS = ("release.json", "frozen.json", "artifact.json", "recipe.json", "demo.json", "test_batch.bin")  # in our folders
+MARKERS = (
+    "release.json",
+    "frozen.json",
+    "artifact.json",
+    "recipe.json",
+    "demo.json",
+    "test_batch.bin",
+)  # in our folders
 
 
 def sha256(data: bytes | memoryview) -> str:
