@@ -10,6 +10,7 @@ from tvm.tirx.script import builder as T
 from qdeploy.compile.emit import (
     HIGH,
     LOW,
+    QUANT,
     SCALE,
     ZERO,
     Buffer,
@@ -33,7 +34,6 @@ from qdeploy.compile.expression import Term
 from qdeploy.compile.graph import Window
 from qdeploy.compile.layout import Layout, fill_border
 
-QUANT = ((4,), "float32")
 TABLE = ((256,), "uint8")
 EXPONENTIALS = ((256,), "float64")
 

@@ -14,6 +14,7 @@ from qdeploy.compile.llvm import Dot
 
 Expr = Any  # a TIR expression or a Python int
 Buffer = Any
+QUANT = ((4,), "float32")  # a packed quantizer: shape and type of the argument that kernels read
 GROUP = 4  # bytes of one 32-bit lane
 
 

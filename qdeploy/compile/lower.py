@@ -10,13 +10,13 @@ from tvm import IRModule, relax, tirx
 
 from qdeploy.compile import elementwise, pack, pack_table, pointwise
 from qdeploy.compile.conv import ConvSpec, conv_kernel
+from qdeploy.compile.emit import QUANT
 from qdeploy.compile.graph import Graph, Op, Operand, Quantizer, Tensor, Window
 from qdeploy.compile.layout import Layout
 from qdeploy.compile.llvm import Dot
 from qdeploy.errors import CompileError
 
 Var = Any  # relax.Var or another Relax expression
-QUANT = ((4,), "float32")
 
 
 def ready(graph: Graph) -> Graph:

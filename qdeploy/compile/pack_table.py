@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from qdeploy.compile.elementwise import EXPONENTIALS, QUANT, TABLE, emit_term
+from qdeploy.compile.elementwise import EXPONENTIALS, TABLE, emit_term
 from qdeploy.compile.emit import (
+    QUANT,
     SCALE,
     ZERO,
     Buffer,

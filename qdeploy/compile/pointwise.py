@@ -12,6 +12,7 @@ from tvm.tirx.script import builder as T
 from qdeploy.compile.emit import (
     HIGH,
     LOW,
+    QUANT,
     SCALE,
     ZERO,
     Buffer,
@@ -32,8 +33,6 @@ from qdeploy.compile.emit import (
 )  # fmt: skip
 from qdeploy.compile.graph import Window
 from qdeploy.compile.layout import Layout, fill_border
-
-QUANT = ((4,), "float32")
 
 
 def quantize_kernel(name: str, shape: tuple[int, ...], y: Layout, lanes: int) -> tirx.PrimFunc:
