@@ -8,11 +8,11 @@ from typing import Any
 
 from tvm import IRModule, relax, tirx
 
-from qdeploy.compile import elementwise, pack, pack_table, pointwise
-from qdeploy.compile.conv import ConvSpec, conv_kernel
-from qdeploy.compile.emit import QUANT
 from qdeploy.compile.graph import Graph, Op, Operand, Quantizer, Tensor, Window
-from qdeploy.compile.layout import Layout
+from qdeploy.compile.kernels import elementwise, pack, pack_table, pointwise
+from qdeploy.compile.kernels.conv import ConvSpec, conv_kernel
+from qdeploy.compile.kernels.emit import QUANT
+from qdeploy.compile.kernels.layout import Layout
 from qdeploy.compile.llvm import Dot
 from qdeploy.errors import CompileError
 

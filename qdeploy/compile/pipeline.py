@@ -19,7 +19,7 @@ from qdeploy.compile.artifact import DESCRIPTION, FORMAT, LIBRARY
 from qdeploy.compile.graph import FLOAT_REASON, INTEGER, Graph
 from qdeploy.compile.llvm import Resolved, resolve
 from qdeploy.compile.lower import lower
-from qdeploy.compile.read import read_graph
+from qdeploy.compile.read.handlers import read_graph
 from qdeploy.errors import CompileError
 from qdeploy.files import canonical_json, new_folder, sha256, write_atomic
 from qdeploy.qdq import canonical_bytes, graph_digest, load_model, parse_model

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from qdeploy.compile.graph import Graph, Op
-from qdeploy.compile.read import read_graph
+from qdeploy.compile.read.handlers import read_graph
 from qdeploy.cost import Cost
 from qdeploy.qdq import arrays, canonical_bytes, load_model, parse_model
 

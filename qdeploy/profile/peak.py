@@ -14,11 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from qdeploy.compile.emit import (
-    GROUP,
-    dot_inputs,
-    dot_step,
-    dot_weights,
+from qdeploy.compile.kernels.dots import GROUP, dot_inputs, dot_step, dot_weights
+from qdeploy.compile.kernels.emit import (
     load,
     local,
     loop,

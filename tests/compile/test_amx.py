@@ -8,11 +8,11 @@ import pytest
 
 from qdeploy.compile.artifact import load_artifact
 from qdeploy.compile.graph import Window
-from qdeploy.compile.layout import SLACK, Layout
+from qdeploy.compile.kernels.layout import SLACK, Layout
+from qdeploy.compile.kernels.spec import TILE_QUADS, TILE_ROWS, ConvSpec
+from qdeploy.compile.kernels.tiles import tile_rows
 from qdeploy.compile.llvm import Dot, resolve
 from qdeploy.compile.pipeline import compile_model
-from qdeploy.compile.spec import TILE_QUADS, TILE_ROWS, ConvSpec
-from qdeploy.compile.tiles import tile_rows
 from qdeploy.errors import DeviceError
 from qdeploy.export.write import qdq_bytes
 from qdeploy.target import load_target, missing_features

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tvm
 
-from qdeploy.compile.conv import ConvSpec, conv_kernel, tile
 from qdeploy.compile.graph import Window
-from qdeploy.compile.layout import SLACK, Layout
+from qdeploy.compile.kernels.conv import ConvSpec, conv_kernel, tile
+from qdeploy.compile.kernels.layout import SLACK, Layout
+from qdeploy.compile.kernels.pack import Stored, WeightSpec, pack_kernel
 from qdeploy.compile.llvm import Dot, resolve
-from qdeploy.compile.pack import Stored, WeightSpec, pack_kernel
 from qdeploy.compile.pipeline import OPTIONS
 from qdeploy.frozen import Node, Quantizer
 from qdeploy.integer import conv_accumulate, requantize, requantize_scale

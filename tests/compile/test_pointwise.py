@@ -12,7 +12,7 @@ from onnx import ModelProto
 
 from qdeploy.compile.artifact import load_artifact
 from qdeploy.compile.pipeline import compile_model
-from qdeploy.compile.read import read_graph
+from qdeploy.compile.read.handlers import read_graph
 from qdeploy.compile.reference import Evaluator
 from qdeploy.errors import CompileError, DeviceError
 from qdeploy.qdq import arrays, canonical_bytes

@@ -9,7 +9,7 @@ import pytest
 from onnx import ModelProto
 
 from qdeploy.compile.graph import Window
-from qdeploy.compile.read import read_graph
+from qdeploy.compile.read.handlers import read_graph
 from qdeploy.errors import CompileError
 from qdeploy.export.write import qdq_bytes
 from qdeploy.qdq import parse_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qdeploy.compile.read import read_graph
+from qdeploy.compile.read.handlers import read_graph
 from qdeploy.compile.reference import Evaluator, exponentials
 from qdeploy.export.write import qdq_bytes
 from qdeploy.integer import dequantize, run

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 from tvm.tirx.script import builder as T
 
-from qdeploy.compile.emit import GROUP, Buffer, Expr, const, load, local, loop, splat, store
-from qdeploy.compile.operands import Operands, correct
-from qdeploy.compile.requantize import VECTORS, Piece, finish
-from qdeploy.compile.spec import TILE_ROWS, ConvSpec
+from qdeploy.compile.kernels.correct import correct
+from qdeploy.compile.kernels.dots import GROUP
+from qdeploy.compile.kernels.emit import Buffer, Expr, const, load, local, loop, splat, store
+from qdeploy.compile.kernels.requantize import VECTORS, Operands, Piece, finish
+from qdeploy.compile.kernels.spec import TILE_ROWS, ConvSpec
 
 LANES = 16  # int32 in a row of a tile
 ROW = 64  # bytes in a row of a tile
@@ -136,7 +137,7 @@ def write(
                 valid = spec.tail if last and j == count - 1 else LANES
                 value = load(acc[m * count + j], 0, LANES)
                 pieces.append(Piece(value, scales[j], valid, base, m * channels + j * LANES))
-        finish(pieces, o.y, o.limits, LANES)
+        finish(pieces, o, LANES)
 
     size = VECTORS // count
     loop(rows // size, lambda i: part(i * size, size))

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from qdeploy.compile.conv import ConvSpec
-from qdeploy.compile.emit import GROUP, HIGH, LOW, SCALE, ZERO, Buffer, Expr, cast, const, load, loop, prim_func, store
+from qdeploy.compile.kernels.conv import ConvSpec
+from qdeploy.compile.kernels.dots import GROUP
+from qdeploy.compile.kernels.emit import HIGH, LOW, SCALE, ZERO, Buffer, Expr, cast, const, load, loop, prim_func, store
 
 SHIFT = 128  # int8 codes + 128 are uint8 codes
 

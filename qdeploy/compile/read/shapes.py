@@ -8,8 +8,8 @@ import numpy as np
 from onnx import NodeProto
 
 from qdeploy.compile.graph import Op, Window
-from qdeploy.compile.reader import Reader
-from qdeploy.compile.values import Refused, Result, View
+from qdeploy.compile.read.reader import Reader
+from qdeploy.compile.read.values import Refused, Result, View
 from qdeploy.qdq import attributes
 
 

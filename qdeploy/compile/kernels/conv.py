@@ -12,24 +12,13 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from qdeploy.compile import depthwise, tiles
-from qdeploy.compile.emit import (
-    GROUP,
-    Buffer,
-    Expr,
-    dot_inputs,
-    dot_step,
-    dot_weights,
-    load,
-    local,
-    loop,
-    prim_func,
-    store,
-)  # fmt: skip
-from qdeploy.compile.layout import fill_border
-from qdeploy.compile.operands import Operands, correct
-from qdeploy.compile.requantize import Piece, finish, limits
-from qdeploy.compile.spec import ConvSpec
+from qdeploy.compile.kernels import depthwise, tiles
+from qdeploy.compile.kernels.correct import correct
+from qdeploy.compile.kernels.dots import GROUP, dot_inputs, dot_step, dot_weights
+from qdeploy.compile.kernels.emit import Buffer, Expr, load, local, loop, prim_func, store
+from qdeploy.compile.kernels.layout import fill_border
+from qdeploy.compile.kernels.requantize import Operands, Piece, finish, limits
+from qdeploy.compile.kernels.spec import ConvSpec
 
 
 def tile(spec: ConvSpec, pixels: int) -> tuple[int, int]:
@@ -114,7 +103,7 @@ def dense_tile(
             valid = spec.tail if last and j == blocks - 1 else lanes
             sums = load(acc[m * blocks + j], 0, lanes)
             pieces.append(Piece(sums, scales[j], valid, base, m * spec.y.channels + j * lanes))
-    finish(pieces, o.y, o.limits, lanes)
+    finish(pieces, o, lanes)
 
 
 def dense(spec: ConvSpec, o: Operands) -> None:

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from tvm.tirx.script import builder as T
 
-from qdeploy.compile.emit import GROUP, Buffer, Expr, cast, const, dot_step, load, local, loop, splat, store, typed
-from qdeploy.compile.operands import Operands
-from qdeploy.compile.requantize import VECTORS, Piece, finish, finish_strip
-from qdeploy.compile.spec import ConvSpec
+from qdeploy.compile.kernels.dots import GROUP, dot_step
+from qdeploy.compile.kernels.emit import Buffer, Expr, cast, const, load, local, loop, splat, store, typed
+from qdeploy.compile.kernels.requantize import VECTORS, Operands, Piece, finish, finish_strip
+from qdeploy.compile.kernels.spec import ConvSpec
 
 UNROLLED = 25  # taps of a kernel that are written out
 
@@ -67,7 +67,7 @@ def plain_tile(spec: ConvSpec, pixels: int, block: Expr, valid: int, at: tuple[E
         loop(spec.segments, tap)
     scale = T.Bind(load(o.scale, first, lanes))
     pieces = [Piece(load(acc[m], 0, lanes), scale, valid, at[1] + first, m * spec.y.channels) for m in range(pixels)]
-    finish(pieces, o.y, o.limits, lanes)
+    finish(pieces, o, lanes)
 
 
 def rows(spec: ConvSpec, o: Operands) -> None:
@@ -122,7 +122,7 @@ def strip_tile(
     scales = [T.Bind(load(o.scale, start + v * n, n)) for v in range(VECTORS)]
     for m in range(pixels):
         sums = [load(part, 0, n) for part in acc[m]]
-        finish_strip(sums, scales, valid, o.y, at[1] + start + m * spec.y.channels, o.limits, n)
+        finish_strip(sums, scales, valid, at[1] + start + m * spec.y.channels, o, n)
 
 
 def interleaved(spec: ConvSpec, x: Buffer, at: Expr, q: Expr, n: int) -> list[Expr]:

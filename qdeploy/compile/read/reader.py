@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from qdeploy.compile.expression import operand, tabulate
 from qdeploy.compile.graph import Graph, Op, Operand, Param, Quantizer, Table, Tensor
-from qdeploy.compile.values import Input, Refused, Result, Shape, Stored, Value, View
+from qdeploy.compile.read.values import Input, Refused, Result, Shape, Stored, Value, View
 from qdeploy.errors import CompileError
 from qdeploy.qdq import arrays, attributes, numeric_roles
 
@@ -24,7 +24,7 @@ Handler = Callable[["Reader", NodeProto], None]
 
 
 class Reader:
-    """One pass over a canonical model's nodes; `handlers` says by operator what reads them (read.py)."""
+    """One pass over a canonical model's nodes; `handlers` says by operator what reads them (handlers.py)."""
 
     def __init__(self, model: ModelProto, handlers: Mapping[str, Handler]) -> None:
         self.model, self.handlers = model, handlers

@@ -7,8 +7,8 @@ from dataclasses import replace
 from onnx import NodeProto
 
 from qdeploy.compile.graph import Op, Window
-from qdeploy.compile.reader import Reader
-from qdeploy.compile.values import Refused, Result, pool_window
+from qdeploy.compile.read.reader import Reader
+from qdeploy.compile.read.values import Refused, Result, pool_window
 from qdeploy.qdq import attributes
 
 

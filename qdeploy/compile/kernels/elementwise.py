@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from qdeploy.compile.emit import (
+from qdeploy.compile.expression import Term
+from qdeploy.compile.graph import Window
+from qdeploy.compile.kernels.emit import (
     HIGH,
     LOW,
     QUANT,
@@ -30,9 +32,7 @@ from qdeploy.compile.emit import (
     store,
     to_codes,
 )  # fmt: skip
-from qdeploy.compile.expression import Term
-from qdeploy.compile.graph import Window
-from qdeploy.compile.layout import Layout, fill_border
+from qdeploy.compile.kernels.layout import Layout, fill_border
 
 TABLE = ((256,), "uint8")
 EXPONENTIALS = ((256,), "float64")

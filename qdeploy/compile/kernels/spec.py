@@ -11,9 +11,10 @@ from math import prod
 
 from tvm.tirx.script import builder as T
 
-from qdeploy.compile.emit import GROUP, Expr, const
 from qdeploy.compile.graph import Window
-from qdeploy.compile.layout import SLACK, Layout
+from qdeploy.compile.kernels.dots import GROUP
+from qdeploy.compile.kernels.emit import Expr, const
+from qdeploy.compile.kernels.layout import SLACK, Layout
 from qdeploy.compile.llvm import Dot
 
 TILE_ROWS, TILE_QUADS = 16, 16  # rows and 32-bit columns of an AMX tile
@@ -28,6 +29,7 @@ class ConvSpec:
     window: Window
     groups: int
     dot: Dot
+    threads: int = 1  # runs of work that are done at once
 
     @property
     def depthwise(self) -> bool:

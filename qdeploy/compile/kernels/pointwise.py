@@ -9,7 +9,8 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from qdeploy.compile.emit import (
+from qdeploy.compile.graph import Window
+from qdeploy.compile.kernels.emit import (
     HIGH,
     LOW,
     QUANT,
@@ -31,8 +32,7 @@ from qdeploy.compile.emit import (
     store,
     to_codes,
 )  # fmt: skip
-from qdeploy.compile.graph import Window
-from qdeploy.compile.layout import Layout, fill_border
+from qdeploy.compile.kernels.layout import Layout, fill_border
 
 
 def quantize_kernel(name: str, shape: tuple[int, ...], y: Layout, lanes: int) -> tirx.PrimFunc:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from qdeploy.compile.elementwise import EXPONENTIALS, TABLE, emit_term
-from qdeploy.compile.emit import (
+from qdeploy.compile.expression import Term
+from qdeploy.compile.graph import Table
+from qdeploy.compile.kernels.elementwise import EXPONENTIALS, TABLE, emit_term
+from qdeploy.compile.kernels.emit import (
     QUANT,
     SCALE,
     ZERO,
@@ -24,10 +26,8 @@ from qdeploy.compile.emit import (
     store,
     to_codes,
 )
-from qdeploy.compile.expression import Term
-from qdeploy.compile.graph import Table
-from qdeploy.compile.layout import Layout
-from qdeploy.compile.pack import SHIFT
+from qdeploy.compile.kernels.layout import Layout
+from qdeploy.compile.kernels.pack import SHIFT
 
 EXP_TERMS, EXP_HALVINGS, EXP_LIMIT = 20, 8, 256.0  # exp(-t) as a series for t <= 1
 

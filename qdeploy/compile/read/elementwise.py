@@ -23,8 +23,8 @@ from qdeploy.compile.expression import (
     operand,
 )  # fmt: skip
 from qdeploy.compile.graph import Op, Operand, Quantizer, Tensor
-from qdeploy.compile.reader import Reader
-from qdeploy.compile.values import Refused, Result, Shape, Stored, View
+from qdeploy.compile.read.reader import Reader
+from qdeploy.compile.read.values import Refused, Result, Shape, Stored, View
 from qdeploy.qdq import attributes
 
 MAX_TERM = 400  # nodes, repeated ones included: kernels are written out in full

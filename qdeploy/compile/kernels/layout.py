@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qdeploy.compile.emit import ZERO, Buffer, Expr, cast, const, load, loop, store
 from qdeploy.compile.graph import Sides
+from qdeploy.compile.kernels.emit import ZERO, Buffer, Expr, cast, const, load, loop, store
 
 SLACK = 64  # a vector load may begin at any code: so many bytes behind the last one may be read, never used
 

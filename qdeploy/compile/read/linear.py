@@ -6,8 +6,8 @@ import numpy as np
 from onnx import NodeProto
 
 from qdeploy.compile.graph import Op, Weights, Window
-from qdeploy.compile.reader import Reader
-from qdeploy.compile.values import Refused, Stored, window_of
+from qdeploy.compile.read.reader import Reader
+from qdeploy.compile.read.values import Refused, Stored, window_of
 from qdeploy.qdq import attributes
 
 

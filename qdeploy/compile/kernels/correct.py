@@ -1,26 +1,12 @@
-"""What convolution kernels share: their operands, and the correction for weight zero points."""
+"""The correction for weight zero points, which convolution kernels share."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tvm.tirx.script import builder as T
 
-from qdeploy.compile.emit import Buffer, Expr, cast, const, load, local, loop, splat, store
-from qdeploy.compile.requantize import Limits
-from qdeploy.compile.spec import ConvSpec
-
-
-@dataclass(frozen=True)
-class Operands:
-    """Buffers of a convolution kernel: codes, packed weights, integers and scales (pack.py), output, its quantizer."""
-
-    x: Buffer
-    w: Buffer
-    integers: Buffer
-    scale: Buffer
-    y: Buffer
-    limits: Limits
+from qdeploy.compile.kernels.emit import Buffer, Expr, cast, const, load, local, loop, splat, store
+from qdeploy.compile.kernels.requantize import Operands
+from qdeploy.compile.kernels.spec import ConvSpec
 
 
 def correct(spec: ConvSpec, acc: list[Buffer], shape: tuple[int, int], first: Expr, x_at: Expr, o: Operands) -> None:

@@ -12,7 +12,20 @@ from dataclasses import dataclass
 
 from tvm.tirx.script import builder as T
 
-from qdeploy.compile.emit import HIGH, LOW, ZERO, Buffer, Expr, cast, const, load, quantizer, splat, store, typed
+from qdeploy.compile.kernels.emit import (
+    HIGH,
+    LOW,
+    ZERO,
+    Buffer,
+    Expr,
+    cast,
+    const,
+    load,
+    quantizer,
+    splat,
+    store,
+    typed,
+)
 
 VECTORS = 4  # vectors of int32 that become one vector of bytes
 # lanes of int32 -> intrinsics: float32 to int32 (rne), int32 to int16, int16 to uint8, both saturating, dwords permuted
@@ -40,6 +53,18 @@ class Limits:
     top: Expr  # float32: highest code - zero point
     zero: Expr  # int16
     low: Expr  # uint8
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Buffers of a convolution kernel: codes, packed weights, integers and scales (pack.py), output, its quantizer."""
+
+    x: Buffer
+    w: Buffer
+    integers: Buffer
+    scale: Buffer
+    y: Buffer
+    limits: Limits
 
 
 def limits(quant: Buffer) -> Limits:
@@ -107,23 +132,23 @@ def _part(codes: Expr, lanes: int, at: int, size: int) -> Expr:
     return T.reinterpret(typed("uint8", size), T.Shuffle([whole], [const(at // size)]))
 
 
-def finish(pieces: list[Piece], y: Buffer, bounds: Limits, lanes: int) -> None:
+def finish(pieces: list[Piece], o: Operands, lanes: int) -> None:
     """Requantize and store; neighbours in `pieces` that are neighbours in memory are stored together."""
     for start in range(0, len(pieces), VECTORS):
         part = pieces[start : start + VECTORS]
-        vectors = [rounded(p.acc, p.scale, bounds, lanes) for p in part]
-        codes = packed(vectors + [vectors[-1]] * (VECTORS - len(part)), bounds, lanes, True)
+        vectors = [rounded(p.acc, p.scale, o.limits, lanes) for p in part]
+        codes = packed(vectors + [vectors[-1]] * (VECTORS - len(part)), o.limits, lanes, True)
         i = 0
         while i < len(part):
             end, count = i + 1, part[i].valid
             while end < len(part) and part[end - 1].valid == lanes and part[end].offset == part[i].offset + count:
                 count += part[end].valid
                 end += 1
-            store_run(y, codes, VECTORS * lanes, i * lanes, count, part[i].base + part[i].offset)
+            store_run(o.y, codes, VECTORS * lanes, i * lanes, count, part[i].base + part[i].offset)
             i = end
 
 
-def finish_strip(acc: list[Expr], scales: list[Expr], valid: int, y: Buffer, at: Expr, bounds: Limits, n: int) -> None:
+def finish_strip(acc: list[Expr], scales: list[Expr], valid: int, at: Expr, o: Operands, n: int) -> None:
     """Requantize 4 vectors of `n` interleaved channels (depthwise.rows) and store the first `valid` codes at `at`."""
-    vectors = [rounded(a, s, bounds, n) for a, s in zip(acc, scales, strict=True)]
-    store_run(y, packed(vectors, bounds, n, False), VECTORS * n, 0, valid, at)
+    vectors = [rounded(a, s, o.limits, n) for a, s in zip(acc, scales, strict=True)]
+    store_run(o.y, packed(vectors, o.limits, n, False), VECTORS * n, 0, valid, at)

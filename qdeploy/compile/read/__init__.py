@@ -1,0 +1,1 @@
+"""QDQ ONNX -> integer graph, operator by operator."""
