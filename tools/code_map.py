@@ -21,8 +21,8 @@ def code_map() -> str:
     files = sorted(package.glob("*.py"))
     lines = ["```"]
     lines += [f"qdeploy/{path.name:<14} {first_line(path)}" for path in files if path.name != "__init__.py"]
-    for folder in sorted(path.parent for path in package.glob("*/__init__.py")):
-        lines += ["", f"qdeploy/{folder.name}/  {first_line(folder / '__init__.py')}"]
+    for folder in sorted(path.parent for path in package.glob("**/__init__.py") if path.parent != package):
+        lines += ["", f"{folder.relative_to(ROOT)}/  {first_line(folder / '__init__.py')}"]
         inside = [path for path in sorted(folder.glob("*.py")) if not path.name.startswith("__")]
         lines += [f"  {path.name:<20} {first_line(path)}" for path in inside]
     lines += ["", "tools/  developer scripts and benchmarks, never imported by qdeploy"]
