@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from qdeploy.allocate import allocate
@@ -10,7 +11,9 @@ from qdeploy.data import SPLITS, Dataset, load
 from qdeploy.errors import RecipeError
 from qdeploy.files import read_bytes
 from qdeploy.frozen import FrozenNet, load_frozen
+from qdeploy.quant.eqnet import EQNet
 from qdeploy.quant.network import QuantNet
+from qdeploy.quant.simulated import SimulatedNet
 from qdeploy.recipe import Recipe
 from qdeploy.space import SubnetSpec
 from qdeploy.subnet import extract
@@ -24,21 +27,37 @@ def read_spec(path: Path) -> SubnetSpec:
 
 
 def choose_spec(
-    net: QuantNet, bits: int | None, budget_kib: float | None, spec: Path | None, nested_with: Path | None
+    net: SimulatedNet,
+    bits: int | None,
+    budget_kib: float | None,
+    spec: Path | None,
+    nested_with: Path | None,
+    options: Mapping[str, str],
 ) -> SubnetSpec:
-    """The one choice that the command line made; RecipeError when it made none, two, or one outside the space."""
+    """The one choice that the command line made; RecipeError when it made none, two, or one outside the space.
+
+    `options`: granularity and symmetry of a uniform level, where they were given.
+    """
     given = [name for name, value in (("bits", bits), ("budget-kib", budget_kib), ("spec", spec)) if value is not None]
     if len(given) != 1:
         raise RecipeError("choose one of --bits, --budget-kib and --spec" + (f", not {len(given)}" if given else ""))
     if nested_with is not None and budget_kib is None:
         raise RecipeError("--nested-with goes with --budget-kib: it says which level the new one must extend")
+    if options and (bits is None or not isinstance(net, EQNet)):
+        raise RecipeError(f"--{min(options)} goes with --bits and a run of method eqnet")
     if bits is not None:
-        if bits not in net.choice.widths:
-            raise RecipeError(f"--bits {bits} was not trained: choose from {list(net.choice.widths)}")
-        return net.uniform(bits)
+        if bits not in net.widths:
+            raise RecipeError(f"--bits {bits} was not trained: choose from {list(net.widths)}")
+        return net.uniform(bits, **options) if isinstance(net, EQNet) else net.uniform(bits)
     if budget_kib is not None:
         if not (math.isfinite(budget_kib) and budget_kib > 0):
             raise RecipeError(f"--budget-kib {budget_kib} is no size: give a positive number of KiB")
+        if not isinstance(net, QuantNet):
+            raise RecipeError(
+                "--budget-kib counts bit planes, which an EQ-Net run has none of: it learns the steps of each width by "
+                "themselves, so low-bit codes are no prefixes of high-bit ones. Choose --bits or --spec, or train with "
+                "method vertical"
+            )
         low = None if nested_with is None else read_spec(nested_with)
         return allocate(net, int(budget_kib * 1024), low)
     assert spec is not None
@@ -53,7 +72,7 @@ def calibration_set(recipe: Recipe, data_dir: Path | None) -> Dataset:
     return load(recipe.data.name, split, data_dir)
 
 
-def extract_subnet(recipe: Recipe, net: QuantNet, spec: SubnetSpec, data_dir: Path | None) -> FrozenNet:
+def extract_subnet(recipe: Recipe, net: SimulatedNet, spec: SubnetSpec, data_dir: Path | None) -> FrozenNet:
     """Freeze `spec` and record its accuracy on the test images."""
     calibration = calibration_set(recipe, data_dir).images
     return extract(net, spec, recipe.name, calibration, load(recipe.data.name, "test", data_dir))

@@ -18,10 +18,11 @@ from torch import nn
 from qdeploy.errors import ModelError
 from qdeploy.frozen import FrozenNet, Quantizer
 from qdeploy.integer import dequantize, quantize
+from qdeploy.quant.calibrate import CALIBRATION_BATCH, CALIBRATION_IMAGES, observe
 from qdeploy.quant.graph import fold_norms, read_graph
 from qdeploy.quant.network import QuantNet
 from qdeploy.recipe import Quantization
-from qdeploy.subnet import CALIBRATION_BATCH, CALIBRATION_IMAGES, GOLDEN_IMAGES, PIXELS, observe, to_integers
+from qdeploy.subnet import GOLDEN_IMAGES, PIXELS, to_integers
 
 CHOICE = Quantization(widths=(8,), activation_bits=8)
 

@@ -4,7 +4,8 @@ A folder with three files:
 
 * `frozen.json`          graph, quantizers, spec, accuracy (canonical JSON)
 * `tensors.safetensors`  per conv/linear node: `NODE.weight` int8 [O, I/groups, kh, kw] or [O, I] container codes,
-                         `NODE.weight_scale` float32 [O], `NODE.bias` int32 [O] in units of s_input * weight_scale[o]
+                         `NODE.weight_scale` float32 [O], `NODE.bias` int32 [O] in units of s_input * weight_scale[o],
+                         `NODE.weight_zero_point` int8 scalar where weights are asymmetric
 * `golden.safetensors`   uint8 codes of every activation tensor, [n, ...], for n real images, input included
 
 Activations are uint8 codes: real value = (code - zero_point) * scale. Convolutions and linear layers read their input
@@ -172,6 +173,9 @@ class FrozenNet:
                 found.append(f"node {node.name}: {role} is missing or not {np.dtype(dtype)}, one for each output")
             elif role == "weight_scale" and not (np.isfinite(array) & (array > 0)).all():
                 found.append(f"node {node.name}: a weight scale is not positive and finite")
+        zero_point = self.tensors.get(f"{node.name}.weight_zero_point")
+        if zero_point is not None and (zero_point.dtype != np.int8 or zero_point.shape != ()):
+            found.append(f"node {node.name}: weight_zero_point is not an int8 scalar")
         if node.name not in self.weights:
             found.append(f"node {node.name}: no weight bits")
         elif self.weights[node.name].bits != next(
@@ -190,7 +194,7 @@ class FrozenNet:
 def save_frozen(net: FrozenNet, folder: Path, force: bool = False) -> None:
     """Write the three files as a whole or not at all."""
     net.check()
-    tensors = save_tensors({k: np.ascontiguousarray(v) for k, v in sorted(net.tensors.items())})
+    tensors = save_tensors({k: np.asarray(v, order="C") for k, v in sorted(net.tensors.items())})
     golden = save_tensors({k: np.ascontiguousarray(v) for k, v in sorted(net.golden.items())})
     head = {
         "format": FORMAT,

@@ -50,6 +50,7 @@ class _File:
     model: ModelProto
     ranges: dict[str, tuple[int, int]]
     title: str | None  # model name from the sidecar
+    tops: Mapping[str, int]  # of each node: the width whose codes its weights are prefixes of, from the sidecar
 
     def raw(self, name: str) -> bytes:
         offset, length = self.ranges[name]
@@ -69,6 +70,7 @@ def read_ladder(paths: Sequence[Path], echo: Echo | None = None) -> Ladder:
     files = [_read_level(Path(path), say) for path in paths]
     _check_distinct(files)
     for other in files[1:]:
+        _check_same_tops(files[0], other)
         _check_same_graph(files[0], other)
     initializers, tensors = _tensors(files)
     files.sort(key=lambda file: sum(tensor.levels[file.level.name].bits * tensor.u.size for tensor in tensors))
@@ -92,15 +94,15 @@ def _read_level(path: Path, say: Echo) -> _File:
     if data != original:
         say(f"level {name}: {path.name} was written by another tool; the bundle's reference is its canonical form")
         model = qdq.parse_model(data, str(path))
-    golden, info, title = _read_sidecar(path, original)
-    return _File(LadderLevel(name, data, golden, info), model, qdq.raw_data_ranges(data), title)
+    golden, info, title, tops = _read_sidecar(path, original)
+    return _File(LadderLevel(name, data, golden, info), model, qdq.raw_data_ranges(data), title, tops)
 
 
-def _read_sidecar(path: Path, model: bytes) -> tuple[dict[str, str] | None, dict[str, Any], str | None]:
-    """(golden digests, spec id and accuracy, model name) from `path`.json, if it is there."""
+def _read_sidecar(path: Path, model: bytes) -> tuple[dict[str, str] | None, dict[str, Any], str | None, dict[str, int]]:
+    """(golden digests, spec id and accuracy, model name, top widths of nodes) from `path`.json, if it is there."""
     sidecar = path.with_name(path.name + ".json")
     if not sidecar.exists():
-        return None, {}, None
+        return None, {}, None, {}
     value = parse_json(read_bytes(sidecar, "the sidecar", BundleError), str(sidecar), BundleError)
     if not isinstance(value, dict) or value.get("format") != SIDECAR_FORMAT:
         raise BundleError(f"{sidecar} is not a {SIDECAR_FORMAT} sidecar: export the model again or remove it")
@@ -118,7 +120,11 @@ def _read_sidecar(path: Path, model: bytes) -> tuple[dict[str, str] | None, dict
     for key, number in (accuracy if isinstance(accuracy, dict) else {"": accuracy}).items():
         if isinstance(number, int | float):
             info["accuracy." + key if key else "accuracy"] = number
-    return golden, info, title
+    try:
+        tops = {str(node): int(row["top"]) for node, row in value.get("weights", {}).items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise BundleError(f"{sidecar}: weights is damaged ({e!r}): export the model again") from e
+    return golden, info, title, tops
 
 
 def _check_distinct(files: Sequence[_File]) -> None:
@@ -131,6 +137,18 @@ def _check_distinct(files: Sequence[_File]) -> None:
         if file.level.data in contents:
             raise BundleError(f"levels {contents[file.level.data]} and {name} are identical: leave one out")
         names[name] = contents[file.level.data] = name
+
+
+def _check_same_tops(first: _File, other: _File) -> None:
+    """Codes of different top widths stand on grids of their own: none is a prefix of the other."""
+    apart = [n for n in sorted(first.tops.keys() & other.tops.keys()) if first.tops[n] != other.tops[n]]
+    if apart:
+        node, names = apart[0], f"{first.level.name} and {other.level.name}"
+        raise BundleError(
+            f"levels {names} do not nest: the weights of {node} have steps of their own at {first.tops[node]} and at "
+            f"{other.tops[node]} bits (as EQ-Net learns them), so low-bit codes are no prefixes of high-bit ones; "
+            "bundle each precision by itself, or train with method vertical"
+        )
 
 
 # --- one graph -------------------------------------------------------------------------------------------------------

@@ -26,12 +26,22 @@ class NetworkChoice:
 
 @dataclass(frozen=True)
 class DataChoice:
-    """Which images: a dataset's name, how many training images (all by default), augmentation."""
+    """Which images: a dataset's name, how many training images (all by default), augmentation.
+
+    `held_out` training images, a fixed random choice, are kept from training: `evaluate` scores specs on them.
+    """
 
     name: str
     split: Literal["train", "sample"] = "train"
     train_images: int | None = None
     augment: Literal["none", "flip-shift"] = "flip-shift"
+    held_out: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("train_images", "held_out"):
+            number = getattr(self, key)
+            if number is not None and number < 1:
+                raise RecipeError(f"data.{key} is {number}: choose a whole number from 1 up, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,45 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class EQNetQuantization:
+    """What is quantized and how (EQ-Net): every layer's widths, granularity and symmetry may be chosen after training.
+
+    The first and the last layer have 8 bits. `kurtosis_weight` and `skewness_weight` weigh the regularization of the
+    weights' distribution, `guidance` is lambda of group progressive guidance: the part of a lower subnet's loss that is
+    its distance from its teacher.
+    """
+
+    method: Literal["eqnet"]
+    weight_bits: tuple[int, ...] = tuple(range(MIN_BITS, MAX_BITS + 1))
+    activation_bits: tuple[int, ...] = tuple(range(MIN_BITS, MAX_BITS + 1))
+    granularity: tuple[Literal["tensor", "channel"], ...] = ("tensor", "channel")
+    symmetry: tuple[Literal["symmetric", "asymmetric"], ...] = ("symmetric", "asymmetric")
+    kurtosis_weight: float = 0.015
+    skewness_weight: float = 1.0
+    guidance: float = 0.5
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Weight widths, as `Quantization` calls them."""
+        return self.weight_bits
+
+    def __post_init__(self) -> None:
+        for key in ("weight_bits", "activation_bits"):
+            bits = getattr(self, key)
+            if not bits or list(bits) != sorted(set(bits)) or not all(MIN_BITS <= b <= MAX_BITS for b in bits):
+                raise RecipeError(f"quantization.{key} {list(bits)} must be rising and lie in {MIN_BITS}..{MAX_BITS}")
+        for key in ("granularity", "symmetry"):
+            names = getattr(self, key)
+            if not names or len(set(names)) != len(names):
+                raise RecipeError(f"quantization.{key} {list(names)} must name at least one choice, none of them twice")
+        weights = (self.kurtosis_weight, self.skewness_weight)
+        if not (all(math.isfinite(w) and w >= 0 for w in weights) and 0 <= self.guidance <= 1):
+            raise RecipeError(
+                "quantization.kurtosis_weight and skewness_weight are finite and not negative, guidance lies in 0..1"
+            )
+
+
+@dataclass(frozen=True)
 class Schedule:
     """One training phase: SGD with momentum 0.9, cosine decay to zero."""
 
@@ -83,7 +132,7 @@ class Recipe:
     name: str
     network: NetworkChoice
     data: DataChoice
-    quantization: Quantization = field(default_factory=Quantization)
+    quantization: Quantization | EQNetQuantization = field(default_factory=Quantization)
     float_phase: Schedule = field(default_factory=lambda: Schedule(8, 0.1, 5e-4, nesterov=True))
     quantized_phase: Schedule = field(default_factory=lambda: Schedule(8, 0.01, 1e-4))
     seed: int = 0
@@ -100,13 +149,24 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON value with every field; `from_dict` is its inverse."""
-        value: dict[str, Any] = dataclasses.asdict(self)
-        value["quantization"]["widths"] = list(self.quantization.widths)
-        return _without_none(value)
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
 
 
-def _without_none(value: dict[str, Any]) -> dict[str, Any]:
-    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in value.items() if v is not None}
+def _plain(value: Any) -> Any:
+    """Tuples become lists, absent entries go."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _method(kinds: tuple[type, ...], value: Any, where: str) -> type:
+    """Which of several tables `value` is, by its key `method`; the first one where that is absent."""
+    methods = {typing.get_args(typing.get_type_hints(kind)["method"])[0]: kind for kind in kinds}
+    name = value.get("method", next(iter(methods))) if isinstance(value, dict) else next(iter(methods))
+    if not isinstance(name, str) or name not in methods:
+        raise RecipeError(f"{where}.method is {name!r}: choose one of {', '.join(map(repr, methods))}")
+    return methods[name]
 
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
@@ -122,6 +182,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, list):
             raise RecipeError(f"{where} is {value!r}: a list is needed")
         return tuple(_convert(args[0], item, where) for item in value)
+    if args and all(dataclasses.is_dataclass(a) for a in args):
+        return _build(_method(args, value, where), value, where)
     if args:  # X | None: absent is None, so a given value must be an X
         return _convert(next(a for a in args if a is not type(None)), value, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,105 +15,19 @@ from qdeploy.data import Dataset
 from qdeploy.errors import ModelError
 from qdeploy.frozen import KEEPS_CODES, FrozenNet, Node, Quantizer, WeightBits
 from qdeploy.frozen import Tensor as Activation
+from qdeploy.quant.calibrate import calibrated
 from qdeploy.quant.graph import Step
-from qdeploy.quant.grid import container_bits
-from qdeploy.quant.layers import ActivationQuantizer
-from qdeploy.quant.network import INPUT_SCALE, QuantNet
+from qdeploy.quant.simulated import INPUT_SCALE, SimulatedNet
 from qdeploy.space import SubnetSpec
 
-CALIBRATION_IMAGES = 2048
-CALIBRATION_BATCH = 256
 GOLDEN_IMAGES = 32
 BIAS_LIMIT = 1 << 30  # keeps bias + accumulator inside int32
-
-
-# ---- calibration -----------------------------------------------------------------------------------------------
-
-
-def _batches(images: np.ndarray) -> Iterator[Tensor]:
-    for i in range(0, min(len(images), CALIBRATION_IMAGES), CALIBRATION_BATCH):
-        yield torch.from_numpy(images[i : i + CALIBRATION_BATCH]).float().div_(255.0)
-
-
-@torch.no_grad()
-def reestimate_norms(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> None:
-    """Replace the batch-norm statistics that `spec` uses by their mean over calibration images uint8 [n, C, H, W]."""
-    norms = [norm for step in net.graph.steps if (norm := net.norm(step, spec)) is not None]
-    net.eval()
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative mean
-        norm.train()
-    for batch in _batches(images):
-        net(batch, spec)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    net.eval()
-
-
-@torch.no_grad()
-def observe(
-    net: QuantNet, spec: SubnetSpec, batches: Iterable[Tensor]
-) -> dict[ActivationQuantizer, list[tuple[float, float]]]:
-    """(mean square, greatest magnitude) of every batch at every activation quantizer that `spec` uses."""
-    quantizers = [m for m in net.modules() if isinstance(m, ActivationQuantizer)]
-    for quantizer in quantizers:
-        quantizer.observed = []
-    net.eval()
-    for batch in batches:
-        net(batch, spec)
-    found = {q: q.observed for q in quantizers if q.observed}
-    for quantizer in quantizers:
-        quantizer.observed = None
-    return found
-
-
-def _mean_squares(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> dict[ActivationQuantizer, float]:
-    return {q: float(np.mean([row[0] for row in rows])) for q, rows in observe(net, spec, _batches(images)).items()}
-
-
-def trained_mean_squares(net: QuantNet, images: np.ndarray) -> dict[ActivationQuantizer, float]:
-    """Mean square of what every activation quantizer sees in its own width's uniform network, as trained."""
-    found: dict[ActivationQuantizer, float] = {}
-    for width in net.choice.widths:
-        found |= _mean_squares(net, net.uniform(width), images)
-    return found
-
-
-def reestimate_ranges(
-    net: QuantNet, spec: SubnetSpec, images: np.ndarray, uniform: Mapping[ActivationQuantizer, float]
-) -> None:
-    """Scale each learned activation step by the ratio of its tensor's root mean square in this mix and in training.
-
-    The step was learned for its width's uniform network, whose mean squares `uniform` holds; the clipping that training
-    chose is kept relative to the tensor's spread.
-    """
-    for quantizer, mixed in _mean_squares(net, spec, images).items():
-        if quantizer in uniform and uniform[quantizer] > 0 and mixed > 0:
-            quantizer.step.data.mul_((mixed / uniform[quantizer]) ** 0.5)
-
-
-def calibrated(net: QuantNet, spec: SubnetSpec, images: np.ndarray) -> QuantNet:
-    """A copy of `net` with batch norm and activation ranges re-estimated for `spec`."""
-    net.check_spec(spec)
-    if len(images) < CALIBRATION_BATCH:
-        raise ModelError(
-            f"{len(images)} calibration images are too few for statistics: give {CALIBRATION_BATCH} or more"
-        )
-    net = copy.deepcopy(net)
-    if all(spec != net.uniform(width) for width in net.choice.widths):
-        uniform = trained_mean_squares(net, images)  # before the statistics that training left are replaced
-        reestimate_norms(net, spec, images)
-        reestimate_ranges(net, spec, images, uniform)
-    reestimate_norms(net, spec, images)
-    return net
 
 
 # ---- integers --------------------------------------------------------------------------------------------------
 
 
-def _norm_factors(net: QuantNet, step: Step, spec: SubnetSpec) -> tuple[np.ndarray, np.ndarray]:
+def _norm_factors(net: SimulatedNet, step: Step, spec: SubnetSpec) -> tuple[np.ndarray, np.ndarray]:
     """Per-channel factor and bias of a layer after its batch norm is folded, float64 [O]."""
     layer = cast("nn.Conv2d | nn.Linear", step.module)
     outputs = layer.weight.shape[0]
@@ -129,27 +42,6 @@ def _norm_factors(net: QuantNet, step: Step, spec: SubnetSpec) -> tuple[np.ndarr
     return factor, beta + (bias - mean) * factor
 
 
-def _layer_tensors(net: QuantNet, step: Step, spec: SubnetSpec, source: Quantizer) -> dict[str, np.ndarray]:
-    """Codes, scales and int32 bias of one layer (folding goes into scale and bias, never into codes)."""
-    layer = cast("nn.Conv2d | nn.Linear", step.module)
-    quantizer = net.weight_quantizer(step)
-    factor, bias = _norm_factors(net, step, spec)
-    if not (factor > 0).all():
-        raise ModelError(f"layer {step.name}: a batch-norm factor is not positive, so its scale would be negative")
-    scale = np.broadcast_to(quantizer.container_step * factor, factor.shape).astype(np.float32)
-    unit = (np.float32(source.scale) * scale).astype(np.float64)
-    codes = np.rint(bias / unit)
-    if not (np.abs(codes) < BIAS_LIMIT).all():
-        raise ModelError(
-            f"layer {step.name}: the bias does not fit int32 at its scale; a channel's weights are all but zero"
-        )
-    return {
-        f"{step.name}.weight": quantizer.codes(layer.weight, spec[step.name].weight_bits),
-        f"{step.name}.weight_scale": scale,
-        f"{step.name}.bias": codes.astype(np.int32),
-    }
-
-
 @dataclass
 class _Assembly:
     """What freezing collects on its way through the graph."""
@@ -158,6 +50,27 @@ class _Assembly:
     activations: dict[str, Activation]
     tensors: dict[str, np.ndarray]
     weights: dict[str, WeightBits]
+
+
+def _layer_tensors(net: SimulatedNet, step: Step, spec: SubnetSpec, source: Quantizer, out: _Assembly) -> None:
+    """Codes, scales, zero point and int32 bias of one layer (folding goes into scale and bias, never into codes)."""
+    layer = net.layer_codes(step, spec)
+    factor, bias = _norm_factors(net, step, spec)
+    if not (factor > 0).all():
+        raise ModelError(f"layer {step.name}: a batch-norm factor is not positive, so its scale would be negative")
+    scale = np.broadcast_to(layer.step * factor, factor.shape).astype(np.float32)
+    unit = (np.float32(source.scale) * scale).astype(np.float64)
+    codes = np.rint(bias / unit)
+    if not (np.abs(codes) < BIAS_LIMIT).all():
+        raise ModelError(
+            f"layer {step.name}: the bias does not fit int32 at its scale; a channel's weights are all but zero"
+        )
+    out.weights[step.name] = layer.bits
+    out.tensors[f"{step.name}.weight"] = layer.codes
+    out.tensors[f"{step.name}.weight_scale"] = scale
+    out.tensors[f"{step.name}.bias"] = codes.astype(np.int32)
+    if layer.zero_point:
+        out.tensors[f"{step.name}.weight_zero_point"] = np.array(layer.zero_point, np.int8)
 
 
 def _limit(quantizer: Quantizer, ceiling: float | None) -> Quantizer:
@@ -169,13 +82,12 @@ def _limit(quantizer: Quantizer, ceiling: float | None) -> Quantizer:
 
 
 def _freeze_step(
-    net: QuantNet, step: Step, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], out: _Assembly
+    net: SimulatedNet, step: Step, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], out: _Assembly
 ) -> None:
     place = net.placements[step.name]
     lows = net.reads_low(step)
     inputs = tuple(net.placements[name].low_name if lows else name for name in step.inputs)
     source = out.activations[inputs[0]].quantizer
-    clip = net.choice.activation_bits == "same"
     if step.op in KEEPS_CODES:
         quantizer = source
     elif place.stream:
@@ -183,18 +95,16 @@ def _freeze_step(
         assert stream is not None
         quantizer = _limit(stream.frozen(clip=False), step.ceiling)
     else:
-        quantizer = _limit(net.low_quantizer(step.name, spec).frozen(clip), step.ceiling)
+        quantizer = _limit(net.low_quantizer(step.name, spec).frozen(clip=True), step.ceiling)
     if step.op in ("conv", "linear"):
-        out.tensors |= _layer_tensors(net, step, spec, source)
-        top = net.weight_quantizer(step).top
-        out.weights[step.name] = WeightBits(spec[step.name].weight_bits, top, container_bits(top))
+        _layer_tensors(net, step, spec, source, out)
     out.nodes.append(Node(step.name, step.op, inputs, step.name, step.relu, step.attributes))
     out.activations[step.name] = Activation(step.name, shapes[step.name], quantizer)
     _freeze_low(net, step.name, spec, shapes, out)
 
 
 def _freeze_low(
-    net: QuantNet, tensor: str, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], out: _Assembly
+    net: SimulatedNet, tensor: str, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], out: _Assembly
 ) -> None:
     """The second quantizer of a tensor whose 8-bit form other readers need."""
     place = net.placements[tensor]
@@ -206,7 +116,7 @@ def _freeze_low(
 
 
 @torch.no_grad()
-def _shapes(net: QuantNet, spec: SubnetSpec, image: Tensor) -> dict[str, tuple[int, ...]]:
+def _shapes(net: SimulatedNet, spec: SubnetSpec, image: Tensor) -> dict[str, tuple[int, ...]]:
     trace: dict[str, Tensor] = {}
     net.eval()
     net(image, spec, trace)
@@ -214,7 +124,9 @@ def _shapes(net: QuantNet, spec: SubnetSpec, image: Tensor) -> dict[str, tuple[i
     return shapes
 
 
-def _assemble(net: QuantNet, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], source: Quantizer) -> _Assembly:
+def _assemble(
+    net: SimulatedNet, spec: SubnetSpec, shapes: Mapping[str, tuple[int, ...]], source: Quantizer
+) -> _Assembly:
     """All nodes, quantizers and integer tensors of a calibrated network."""
     out = _Assembly([], {net.graph.input: Activation(net.graph.input, shapes[net.graph.input], source)}, {}, {})
     _freeze_low(net, net.graph.input, spec, shapes, out)
@@ -223,7 +135,7 @@ def _assemble(net: QuantNet, spec: SubnetSpec, shapes: Mapping[str, tuple[int, .
     return out
 
 
-def small_tensors(net: QuantNet, spec: SubnetSpec) -> bytes:
+def small_tensors(net: SimulatedNet, spec: SubnetSpec) -> bytes:
     """What a level ships besides weight codes: scales, biases, zero points, Clip bounds, as they lie in the file."""
     names = [net.graph.input, *net.steps]
     out = _assemble(net, spec, dict.fromkeys(names, ()), PIXELS)
@@ -239,7 +151,7 @@ def small_tensors(net: QuantNet, spec: SubnetSpec) -> bytes:
     return b"".join(parts)
 
 
-def check_integer(net: QuantNet) -> None:
+def check_integer(net: SimulatedNet) -> None:
     """Raise ModelError when layers were left in float: a legal model is integer from end to end."""
     if net.float_ends:
         raise ModelError('first_last = "float" leaves layers in float: such a network trains but cannot be frozen')
@@ -249,7 +161,7 @@ PIXELS = Quantizer(float(np.float32(INPUT_SCALE)), 0)
 
 
 def to_integers(
-    net: QuantNet, spec: SubnetSpec, name: str, golden: np.ndarray, source: Quantizer = PIXELS
+    net: SimulatedNet, spec: SubnetSpec, name: str, golden: np.ndarray, source: Quantizer = PIXELS
 ) -> FrozenNet:
     """Freeze a calibrated network whose input has the quantizer `source`.
 
@@ -268,7 +180,7 @@ def to_integers(
 
 
 @torch.no_grad()
-def simulation_parity(net: QuantNet, spec: SubnetSpec, frozen: FrozenNet, images: np.ndarray) -> dict[str, Any]:
+def simulation_parity(net: SimulatedNet, spec: SubnetSpec, frozen: FrozenNet, images: np.ndarray) -> dict[str, Any]:
     """How many codes of the trained simulation differ from the integers, each layer fed the integers' codes.
 
     Two counts {codes, differing, largest_step}: `simulation`, with the int32 biases put into the simulation (what is
@@ -292,7 +204,7 @@ def simulation_parity(net: QuantNet, spec: SubnetSpec, frozen: FrozenNet, images
     return counts
 
 
-def _bias_change(net: QuantNet, step: Step, spec: SubnetSpec, frozen: FrozenNet, source: str) -> np.ndarray:
+def _bias_change(net: SimulatedNet, step: Step, spec: SubnetSpec, frozen: FrozenNet, source: str) -> np.ndarray:
     """Rounded minus trained bias of a layer, float32, broadcastable to its output."""
     unit = np.float32(frozen.activations[source].quantizer.scale) * frozen.tensors[f"{step.name}.weight_scale"]
     rounded = frozen.tensors[f"{step.name}.bias"] * unit.astype(np.float64)
@@ -306,7 +218,7 @@ def integer_accuracy(frozen: FrozenNet, data: Dataset) -> float:
     return 100.0 * float((output.argmax(1) == data.labels).mean())
 
 
-def extract(net: QuantNet, spec: SubnetSpec, name: str, calibration: np.ndarray, test: Dataset | None) -> FrozenNet:
+def extract(net: SimulatedNet, spec: SubnetSpec, name: str, calibration: np.ndarray, test: Dataset | None) -> FrozenNet:
     """Calibrate, freeze and evaluate one subnet. `calibration`: training images uint8 [n, C, H, W]."""
     mixed = calibrated(net, spec, calibration)
     frozen = to_integers(mixed, spec, name, calibration[:GOLDEN_IMAGES])

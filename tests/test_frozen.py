@@ -130,3 +130,14 @@ def test_saving_an_illegal_network_writes_nothing(net: FrozenNet, tmp_path: Path
     with pytest.raises(ModelError, match="illegal"):
         save_frozen(replace(net, output="nowhere"), tmp_path / "bad")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_zero_point_travels_and_is_checked(net: FrozenNet, tmp_path: Path) -> None:
+    name = next(iter(net.weights))
+    key = f"{name}.weight_zero_point"
+    save_frozen(replace(net, tensors=net.tensors | {key: np.array(-3, np.int8)}), tmp_path / "net")
+    again = load_frozen(tmp_path / "net")
+    assert again.tensors[key].shape == () and again.tensors[key] == -3 and again.tensors[key].dtype == np.int8
+    for wrong in (np.array(-3, np.int16), np.zeros(2, np.int8)):
+        with pytest.raises(ModelError, match="weight_zero_point is not an int8 scalar"):
+            replace(net, tensors=net.tensors | {key: wrong}).check()

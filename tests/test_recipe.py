@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from qdeploy.errors import RecipeError
-from qdeploy.recipe import from_dict, load_recipe
+from qdeploy.recipe import EQNetQuantization, Quantization, from_dict, load_recipe
 
 GOOD = {"name": "x", "network": {"name": "tiny"}, "data": {"name": "fashion-mnist"}}
 MODELS = Path(__file__).parents[1] / "models"
@@ -27,6 +27,17 @@ def test_shipped_recipes_parse_and_round_trip(path: Path) -> None:
         ({"quantization": {"widths": [2.0]}}, "int is needed"),
         ({"quantization": {"compensation": 1}}, "bool is needed"),
         ({"quantization": {"activation_bits": 4}}, "choose one of 'same', 8"),
+        ({"quantization": {"method": "lsq"}}, "quantization.method is 'lsq': choose one of 'vertical', 'eqnet'"),
+        ({"quantization": {"method": ["eqnet"]}}, "quantization.method is"),
+        ({"quantization": {"method": "eqnet", "widths": [2]}}, "unknown key quantization.widths"),
+        ({"quantization": {"method": "eqnet", "weight_bits": [4, 2]}}, "weight_bits .4, 2. must be rising"),
+        ({"quantization": {"method": "eqnet", "activation_bits": [1]}}, "must be rising and lie in 2..8"),
+        ({"quantization": {"method": "eqnet", "granularity": []}}, "granularity .. must name at least one"),
+        ({"quantization": {"method": "eqnet", "symmetry": ["both"]}}, "choose one of 'symmetric', 'asymmetric'"),
+        ({"quantization": {"method": "eqnet", "guidance": 1.5}}, "guidance lies in 0..1"),
+        ({"quantization": {"method": "eqnet", "kurtosis_weight": -1}}, "not negative"),
+        ({"data": {"name": "fashion-mnist", "held_out": 0}}, "data.held_out is 0"),
+        ({"data": {"name": "fashion-mnist", "train_images": 0}}, "data.train_images is 0"),
         ({"float_phase": {"epochs": 0, "learning_rate": 0.1, "weight_decay": 0}}, "epochs >= 1"),
         ({"float_phase": {"epochs": 1}}, "lacks float_phase.learning_rate"),
         ({"network": "tiny"}, "network must be a table"),
@@ -46,3 +57,11 @@ def test_a_file_that_is_not_toml(tmp_path: Path) -> None:
         load_recipe(path)
     with pytest.raises(RecipeError, match="cannot read"):
         load_recipe(tmp_path / "absent.toml")
+
+
+def test_each_method_has_its_own_table() -> None:
+    elastic = from_dict(GOOD | {"quantization": {"method": "eqnet", "weight_bits": [3, 8]}})
+    assert isinstance(elastic.quantization, EQNetQuantization) and elastic.quantization.widths == (3, 8)
+    assert from_dict(elastic.to_json()) == elastic
+    assert isinstance(from_dict(GOOD).quantization, Quantization)
+    assert "held_out" not in from_dict(GOOD).to_json()["data"]  # unset fields leave older runs' recipes as they are

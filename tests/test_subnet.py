@@ -16,10 +16,11 @@ from qdeploy.errors import ModelError, RecipeError
 from qdeploy.export import export_onnx
 from qdeploy.frozen import load_frozen, save_frozen
 from qdeploy.ladder import read_ladder
+from qdeploy.quant.calibrate import calibrated, reestimate_ranges, trained_mean_squares
 from qdeploy.quant.grid import container_bits, midpoint
 from qdeploy.quant.network import QuantNet
 from qdeploy.space import SubnetSpec
-from qdeploy.subnet import calibrated, extract, reestimate_ranges, trained_mean_squares
+from qdeploy.subnet import extract
 from qdeploy.train.run import accuracy, load_run, train
 from tests.train.runs import tiny_recipe
 

@@ -14,6 +14,8 @@ from qdeploy.quant.functions import quantize_activation, quantize_weight
 from qdeploy.quant.grid import container_bits, container_codes, midpoint
 from qdeploy.space import MAX_BITS
 
+MIN_STEP = 1e-6
+
 
 class ActivationQuantizer(nn.Module):
     """uint8 quantizer of one tensor at one width, with a learned step.
@@ -45,7 +47,16 @@ class ActivationQuantizer(nn.Module):
             self.initialise(x)
         if self.observed is not None:
             self.observed.append((float(x.detach().square().mean()), float(x.detach().abs().max())))
+        return self.quantize(x)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """The dequantized codes of `x`."""
         return quantize_activation(x, self.step, self.zero_point, self.hi)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep the step positive."""
+        self.step.clamp_(min=MIN_STEP)
 
     def frozen(self, clip: bool) -> Quantizer:
         """The integer quantizer that this one simulates."""

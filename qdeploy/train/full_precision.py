@@ -24,7 +24,7 @@ class FullPrecision:
     def groups(self) -> list[dict[str, Any]]:
         return decay_groups(list(self.module.parameters()), self.schedule.weight_decay)
 
-    def backward(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def backward(self, images: Tensor, labels: Tensor, step: int) -> dict[str, float]:
         self.module.train()
         loss = F.cross_entropy(self.module(images), labels)
         loss.backward()

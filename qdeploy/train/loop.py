@@ -36,8 +36,12 @@ class Phase(Protocol):
     def groups(self) -> list[dict[str, Any]]:
         """Optimizer groups; each holds `params`, `weight_decay` and `rate` (a multiple of the learning rate)."""
 
-    def backward(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """Add this batch's gradients to the parameters; returns losses by name."""
+    def backward(self, images: Tensor, labels: Tensor, step: int) -> dict[str, float]:
+        """Add this batch's gradients to the parameters; returns losses by name.
+
+        `step` counts the phase's steps from 0. Whatever is random is a function of it, so that a resumed run is the
+        same run.
+        """
 
     def after_step(self) -> None:
         """Put parameters back into their legal range."""
@@ -96,7 +100,7 @@ def run_phase(phase: Phase, recipe: Recipe, data: Dataset, run: Path, echo: Echo
             epoch, first = divmod(done, per_epoch)
             flip = recipe.data.augment == "flip-shift"
             for images, labels in batches(data, schedule.batch, recipe.seed, epoch, first, flip):
-                losses = train_step(phase, optimizer, images, labels, cosine(done, total))
+                losses = train_step(phase, optimizer, images, labels, (done, total))
                 done += 1
                 progress.report(done, per_epoch, losses)
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -110,12 +114,15 @@ def run_phase(phase: Phase, recipe: Recipe, data: Dataset, run: Path, echo: Echo
     store(path, phase, recipe, optimizer, (done, total), data)
 
 
-def train_step(phase: Phase, optimizer: SGD, images: Tensor, labels: Tensor, decay: float) -> dict[str, float]:
-    """One optimizer step at `decay` times the learning rate."""
+def train_step(
+    phase: Phase, optimizer: SGD, images: Tensor, labels: Tensor, steps: tuple[int, int]
+) -> dict[str, float]:
+    """One optimizer step; `steps`: how many are done, and how many there are in all."""
+    decay = cosine(*steps)
     for group in optimizer.param_groups:
         group["lr"] = phase.schedule.learning_rate * group["rate"] * decay
     optimizer.zero_grad(set_to_none=True)
-    losses = phase.backward(images.contiguous(memory_format=torch.channels_last), labels)
+    losses = phase.backward(images.contiguous(memory_format=torch.channels_last), labels, steps[0])
     if not all(math.isfinite(value) for value in losses.values()):
         raise ModelError(f"the loss of {phase.name} is no longer finite ({losses}): lower the learning rate")
     optimizer.step()

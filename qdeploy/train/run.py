@@ -16,29 +16,55 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.data import Dataset, load
-from qdeploy.errors import ModelError
+from qdeploy.errors import ModelError, RecipeError
 from qdeploy.files import canonical_json, parse_json, read_bytes, write_atomic
 from qdeploy.nets import build
+from qdeploy.quant.calibrate import CALIBRATION_BATCH, calibrated
+from qdeploy.quant.eqnet import EQNet
 from qdeploy.quant.graph import read_graph
-from qdeploy.quant.network import QuantNet, levels
-from qdeploy.recipe import Recipe, from_dict
+from qdeploy.quant.network import QuantNet
+from qdeploy.quant.simulated import SimulatedNet
+from qdeploy.recipe import EQNetQuantization, Recipe, from_dict
 from qdeploy.space import SubnetSpec
 from qdeploy.train.checkpoint import load_checkpoint, load_module
+from qdeploy.train.eqnet import GroupProgressive
 from qdeploy.train.full_precision import FullPrecision
 from qdeploy.train.images import as_input, generator
-from qdeploy.train.loop import Echo, run_phase
+from qdeploy.train.loop import Echo, Phase, run_phase
 from qdeploy.train.vertical import Vertical
 
 
+def _held_out(recipe: Recipe, images: int) -> np.ndarray:
+    """Which of a split's images are held out, rising."""
+    held = recipe.data.held_out or 0
+    if held >= images:
+        raise ModelError(f"data.held_out is {held}: the split has {images} images, and some must be left to train on")
+    return np.sort(generator(0, "held out", held).permutation(images)[:held])
+
+
 def training_set(recipe: Recipe, data_dir: Path | None) -> Dataset:
-    """The recipe's training images: all of its split, or a fixed random subset of `train_images`."""
+    """The recipe's training images: its split without what is held out, or a fixed random subset of `train_images`."""
     data = load(recipe.data.name, recipe.data.split, data_dir)
-    wanted = recipe.data.train_images
-    if wanted is None:
+    if recipe.data.train_images is None and recipe.data.held_out is None:
         return data
-    if not 1 <= wanted <= len(data.labels):
-        raise ModelError(f"data.train_images is {wanted}: the split has {len(data.labels)}")
-    index = np.sort(generator(0, "subset", wanted).permutation(len(data.labels))[:wanted])
+    index = np.setdiff1d(np.arange(len(data.labels)), _held_out(recipe, len(data.labels)))
+    wanted = recipe.data.train_images
+    if wanted is not None:
+        if wanted > len(index):
+            raise ModelError(f"data.train_images is {wanted}: the split has {len(index)}")
+        index = index[np.sort(generator(0, "subset", wanted).permutation(len(index))[:wanted])]
+    return Dataset(data.name, data.split, data.images[index], data.labels[index])
+
+
+def held_out_set(recipe: Recipe, data_dir: Path | None) -> Dataset:
+    """The images of the recipe's split that training never sees; RecipeError where it keeps none."""
+    if recipe.data.held_out is None:
+        raise RecipeError(
+            "the run trained on all images of its split, so none can judge it: set held_out under [data] in the recipe "
+            "and train again"
+        )
+    data = load(recipe.data.name, recipe.data.split, data_dir)
+    index = _held_out(recipe, len(data.labels))
     return Dataset(data.name, data.split, data.images[index], data.labels[index])
 
 
@@ -50,10 +76,20 @@ def new_network(recipe: Recipe, channels: int, classes: int) -> nn.Module:
         return build(choice.name, channels, classes, choice.width, choice.stem_stride)
 
 
-def new_quantized(recipe: Recipe, network: nn.Module, image_shape: tuple[int, ...]) -> QuantNet:
-    """QuantNet over a float backbone."""
-    graph = read_graph(network, torch.zeros(1, *image_shape))
-    return QuantNet(network, graph, recipe.network.name, recipe.quantization)
+def new_quantized(recipe: Recipe, network: nn.Module, image_shape: tuple[int, ...]) -> SimulatedNet:
+    """The quantized network of the recipe's method over a float backbone."""
+    graph, choice = read_graph(network, torch.zeros(1, *image_shape)), recipe.quantization
+    if isinstance(choice, EQNetQuantization):
+        return EQNet(network, graph, recipe.network.name, choice)
+    return QuantNet(network, graph, recipe.network.name, choice)
+
+
+def quantized_phase(recipe: Recipe, net: SimulatedNet) -> Phase:
+    """The recipe's training of a quantized network."""
+    if isinstance(net, EQNet):
+        return GroupProgressive(net, recipe.quantized_phase, net.choice, recipe.seed)
+    assert isinstance(net, QuantNet)
+    return Vertical(net, recipe.quantized_phase, net.choice)
 
 
 @torch.no_grad()
@@ -66,10 +102,16 @@ def top1(predict: Callable[[Tensor], Tensor], data: Dataset, batch: int = 500) -
     return 100.0 * right / len(data.labels)
 
 
-def accuracy(net: QuantNet, spec: SubnetSpec, data: Dataset) -> float:
+def accuracy(net: SimulatedNet, spec: SubnetSpec, data: Dataset) -> float:
     """Top-1 accuracy in per cent of the simulation under `spec`."""
     net.eval()
     return top1(lambda images: net(images, spec), data)
+
+
+def uniform_accuracy(net: SimulatedNet, width: int, data: Dataset, test: Dataset) -> float:
+    """Accuracy of one uniform width on `test`; statistics that specs share are first estimated for it on `data`."""
+    spec = net.uniform(width)
+    return accuracy(calibrated(net, spec, data.images) if isinstance(net, EQNet) else net, spec, test)
 
 
 def write_recipe(run: Path, recipe: Recipe) -> None:
@@ -92,10 +134,12 @@ def train(
     run = Path(run)
     data, test = training_set(recipe, data_dir), load(recipe.data.name, "test", data_dir)
     network = new_network(recipe, test.images.shape[1], test.classes)
-    new_quantized(recipe, network, test.images.shape[1:])  # what cannot be quantized is refused before it is trained
+    net = new_quantized(recipe, network, test.images.shape[1:])  # what cannot be quantized is refused before training
     for schedule in (recipe.float_phase, recipe.quantized_phase):
         if len(data.labels) < schedule.batch:
             raise ModelError(f"{len(data.labels)} images make no batch of {schedule.batch}: lower the recipe's batch")
+    if isinstance(net, EQNet) and len(data.labels) < CALIBRATION_BATCH:
+        raise ModelError(f"{len(data.labels)} images are too few for statistics: give {CALIBRATION_BATCH} or more")
     write_recipe(run, recipe)
     if float_from is None:
         run_phase(FullPrecision(network, recipe.float_phase), recipe, data, run, echo)
@@ -105,15 +149,15 @@ def train(
     report: dict[str, Any] = {"float": top1(network.eval(), test)}
     echo(f"float: {report['float']:.2f}% on {len(test.labels)} test images")
     net = new_quantized(recipe, network, test.images.shape[1:])
-    run_phase(Vertical(net, recipe.quantized_phase, recipe.quantization), recipe, data, run, echo)
-    report["levels"] = {str(width): accuracy(net, spec, test) for width, spec in levels(net).items()}
+    run_phase(quantized_phase(recipe, net), recipe, data, run, echo)
+    report["levels"] = {str(width): uniform_accuracy(net, width, data, test) for width in net.widths}
     for width, value in report["levels"].items():
         echo(f"{width} bits: {value:.2f}% on {len(test.labels)} test images (simulation)")
     write_atomic(run / "report.json", canonical_json(report))
     return report
 
 
-def load_run(run: Path) -> tuple[Recipe, QuantNet]:
+def load_run(run: Path) -> tuple[Recipe, SimulatedNet]:
     """The recipe and the trained network of a finished run; ModelError when it is not finished or damaged."""
     run = Path(run)
     if not run.is_dir():

@@ -63,7 +63,7 @@ class Vertical:
             groups += decay_groups(self.net.own_parameters(width), 0.0, rate=float(len(self.choice.widths)))
         return groups
 
-    def backward(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+    def backward(self, images: Tensor, labels: Tensor, step: int) -> dict[str, float]:
         self.net.train()
         losses: dict[str, float] = {}
         shared = self.net.shared_parameters()

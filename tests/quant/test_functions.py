@@ -62,3 +62,34 @@ def test_signed_codes_have_their_zero_point_in_the_middle() -> None:
     frozen = quantizer.frozen(clip=False)
     assert (frozen.zero_point, frozen.hi) == (128, 255)
     assert frozen.scale == pytest.approx(2 / 127)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_activation_gradients_do_not_depend_on_the_layout_in_memory(signed: bool) -> None:
+    torch.manual_seed(0)
+    values, grad = torch.randn(4, 3, 6, 6), torch.randn(4, 3, 6, 6)
+    zero_point = 4 if signed else 0
+    found = []
+    for x_format in (torch.contiguous_format, torch.channels_last):
+        for grad_format in (torch.contiguous_format, torch.channels_last):
+            x = values.clone(memory_format=x_format).requires_grad_()
+            step = torch.tensor(0.2, requires_grad=True)
+            out = quantize_activation(x, step, zero_point, 7)
+            out.backward(grad.contiguous(memory_format=grad_format))
+            assert x.grad is not None and step.grad is not None
+            found.append((out.detach(), x.grad, step.grad))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    scaled = values.double() / float(step.detach())
+    codes = scaled.round().clamp(-zero_point, 7 - zero_point)
+    inside = (scaled >= -zero_point) & (scaled <= 7 - zero_point)
+    expected = (grad * torch.where(inside, codes - scaled, codes)).sum() / np.sqrt(values.numel() * (7 - zero_point))
+    torch.testing.assert_close(found[0][1], grad * inside)
+    assert float(found[0][2]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_values_on_the_border_of_the_range_keep_their_gradient() -> None:
+    x = torch.tensor([0.0, 1.5, 1.6], requires_grad=True)
+    quantize_activation(x, torch.tensor(0.5), 0, 3).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [1, 1, 0]

@@ -20,3 +20,18 @@ def tiny_recipe(images: int = 512, epochs: int = 2, **quantization: Any) -> Reci
             "quantized_phase": phase | {"learning_rate": 0.05},
         }
     )
+
+
+def elastic_recipe(images: int = 512, epochs: int = 1, network: str = "resnet8", **quantization: Any) -> Recipe:
+    """EQ-Net on the shipped sample, 500 images of which are held out."""
+    phase = {"epochs": epochs, "weight_decay": 1e-4, "batch": 64}
+    return from_dict(
+        {
+            "name": "elastic",
+            "network": {"name": network, "width": 8, "stem_stride": 2},
+            "data": {"name": "fashion-mnist", "split": "sample", "train_images": images, "held_out": 500},
+            "quantization": {"method": "eqnet", "weight_bits": [2, 4, 8], "activation_bits": [2, 4, 8]} | quantization,
+            "float_phase": phase | {"learning_rate": 0.1},
+            "quantized_phase": phase | {"learning_rate": 0.01},
+        }
+    )

@@ -64,7 +64,7 @@ def test_a_widths_own_parameters_learn_as_fast_as_alone() -> None:
 def test_each_width_learns_from_the_next_higher_one() -> None:
     images, labels = torch.rand(16, 1, 28, 28), torch.randint(0, 10, (16,))
     taught, alone = phase(), phase(distillation=False)
-    losses = [p.backward(images, labels) for p in (taught, alone)]
+    losses = [p.backward(images, labels, 0) for p in (taught, alone)]
     assert losses[0]["w4"] == losses[1]["w4"]  # the highest has no teacher
     alone.net.train()
     outputs = {w: alone.net(images, spec).detach() for w, spec in alone.levels.items()}

@@ -1,0 +1,211 @@
+"""`qdeploy evaluate`: the accuracy of many specs of one run, on images held out of its training set.
+
+SPECS and OUT are JSON lines: a subnet spec each; and {spec_id, spec, accuracy, images, run} each. `accuracy` is top-1
+in per cent of the simulation, which computes with the integers' steps, codes and zero points, calibrated for that
+spec; `run` names the checkpoint. A result is synced to OUT before the next one is awaited, so a killed evaluation goes
+on where it stopped. The finished file has the order of SPECS, however many processes made it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from qdeploy.errors import DeviceError, ModelError, QDeployError, RecipeError
+from qdeploy.files import canonical_json, parse_json, read_bytes, sha256, write_atomic
+from qdeploy.quant.calibrate import CALIBRATION_IMAGES, calibrated
+from qdeploy.space import SubnetSpec
+from qdeploy.train.run import accuracy, held_out_set, load_run, training_set
+
+Echo = Callable[[str], None]
+Row = dict[str, Any]
+PROGRESS_SECONDS = 10.0
+KEYS = {"spec_id", "spec", "accuracy", "images", "run"}
+
+
+class Judge:
+    """Scores specs of one run. Loading it takes seconds, `score` is pure."""
+
+    def __init__(self, run: Path, data_dir: Path | None) -> None:
+        recipe, self.net = load_run(run)
+        self.held_out = held_out_set(recipe, data_dir)
+        self.calibration = training_set(recipe, data_dir).images[:CALIBRATION_IMAGES]
+
+    def score(self, spec: SubnetSpec) -> float:
+        """Top-1 accuracy in per cent on the held-out images."""
+        return accuracy(calibrated(self.net, spec, self.calibration), spec, self.held_out)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_specs(path: Path) -> list[SubnetSpec]:
+    """Specs of a JSON lines file, each once, in its order; raises RecipeError that names the line."""
+    found: dict[SubnetSpec, None] = {}
+    for number, line in enumerate(read_bytes(path, "the specs", RecipeError).splitlines(), 1):
+        if line.strip():
+            try:
+                found[SubnetSpec.parse(line)] = None
+            except RecipeError as e:
+                raise RecipeError(f"{path} line {number}: {e}") from e
+    if not found:
+        raise RecipeError(f"{path} holds no subnet spec: write one JSON object a line")
+    return list(found)
+
+
+def spec_lines(specs: Sequence[SubnetSpec]) -> bytes:
+    """Inverse of `read_specs`."""
+    return b"".join(canonical_json(spec.to_json()) for spec in specs)
+
+
+def read_rows(data: bytes, path: Path) -> tuple[list[Row], int]:
+    """Rows of OUT and the length of their bytes: a last line that a kill cut short does not count."""
+    length = data.rfind(b"\n") + 1
+    rows = []
+    for number, line in enumerate(data[:length].splitlines(), 1):
+        row = parse_json(line, f"{path} line {number}", ModelError)
+        if not isinstance(row, dict) or set(row) != KEYS:
+            raise ModelError(f"{path} line {number} is not a result of `qdeploy evaluate`: choose another output file")
+        rows.append(row)
+    return rows, length
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """OUT opened for this process alone."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    except OSError as e:
+        raise DeviceError(f"cannot write {path}: {e.strerror or e}") from e
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise DeviceError(f"{path} is being written by another `qdeploy evaluate`: wait for it") from e
+        yield file
+
+
+# ---- work ------------------------------------------------------------------------------------------------------------
+
+
+def _work(pipe: Connection, run: Path, data_dir: Path | None) -> None:
+    """A worker process: specs in, (spec, accuracy or error) out, until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the pipe
+    torch.set_num_threads(1)
+    judge: Judge | None = None
+    try:
+        while True:
+            spec = pipe.recv()
+            try:
+                judge = judge or Judge(run, data_dir)
+                pipe.send((spec, judge.score(spec)))
+            except QDeployError as e:
+                pipe.send((spec, e))
+    except (EOFError, BrokenPipeError):
+        return
+
+
+Scores = Generator[tuple[SubnetSpec, float], None, None]
+
+
+def _scores(judge: Judge, run: Path, specs: Sequence[SubnetSpec], data_dir: Path | None, processes: int) -> Scores:
+    """Each spec with its accuracy, in this process or, as they come, from several others."""
+    if min(processes, len(specs)) > 1:
+        yield from _spread(run, specs, data_dir, min(processes, len(specs)))
+        return
+    for spec in specs:
+        yield spec, judge.score(spec)
+
+
+def _spread(run: Path, specs: Sequence[SubnetSpec], data_dir: Path | None, processes: int) -> Scores:
+    """Each spec with its accuracy, as `processes` workers finish them."""
+    context = multiprocessing.get_context("spawn")  # torch does not survive a fork
+    pipes: dict[Connection, SpawnProcess] = {}
+    for _ in range(processes):
+        ours, theirs = context.Pipe()
+        worker = context.Process(target=_work, args=(theirs, run, data_dir), daemon=True)
+        worker.start()
+        theirs.close()
+        pipes[ours] = worker
+    todo, busy = iter(specs), 0
+    try:
+        for pipe, spec in zip(pipes, todo, strict=False):
+            pipe.send(spec)
+            busy += 1
+        while busy:
+            for pipe in (p for p in wait(list(pipes)) if isinstance(p, Connection)):
+                spec, found = pipe.recv()
+                if isinstance(found, QDeployError):
+                    raise found
+                yield spec, found
+                busy -= 1
+                if (following := next(todo, None)) is not None:
+                    pipe.send(following)
+                    busy += 1
+    except (EOFError, ConnectionError) as e:
+        raise DeviceError("a worker process ended (out of memory?): run again, with fewer --processes") from e
+    finally:
+        for pipe, worker in pipes.items():
+            pipe.close()
+            worker.terminate()
+            worker.join()
+
+
+def evaluate(run: Path, specs_path: Path, out: Path, processes: int, data_dir: Path | None, echo: Echo) -> list[Row]:
+    """Score every spec of `specs_path` that `out` does not hold yet; returns the rows in the order of the specs.
+
+    Raises RecipeError for a spec outside the run's space or a run without held-out images, ModelError when `out`
+    belongs to another run, DeviceError when it cannot be written.
+    """
+    specs, judge = read_specs(specs_path), Judge(run, data_dir)
+    for number, spec in enumerate(specs, 1):
+        try:
+            judge.net.check_spec(spec)
+        except RecipeError as e:
+            raise RecipeError(f"{specs_path}, spec {number} ({spec.id}): {e}") from e
+    about: Row = {"run": sha256(read_bytes(run / "quantized.checkpoint", "the checkpoint", ModelError))[:12]}
+    about |= {"images": len(judge.held_out)}
+    with _locked(out) as file:
+        file.seek(0)
+        rows, length = read_rows(file.read(), out)
+        if any({key: row[key] for key in about} != about for row in rows):
+            raise ModelError(f"{out} holds results of another run or of other images: choose another output file")
+        file.truncate(length)
+        done = {row["spec_id"]: row for row in rows}
+        todo = [spec for spec in specs if spec.id not in done]
+        if len(todo) < len(specs):
+            echo(f"{len(specs) - len(todo)} of {len(specs)} specs are scored already")
+        with closing(_scores(judge, run, todo, data_dir, processes)) as scored:
+            start = last = time.monotonic()
+            for count, (spec, found) in enumerate(scored, 1):
+                done[spec.id] = about | {"spec_id": spec.id, "spec": spec.to_json(), "accuracy": found}
+                _append(file, done[spec.id], out)
+                if (now := time.monotonic()) - last > PROGRESS_SECONDS or count == len(todo):
+                    last, each = now, (now - start) / count
+                    left = each * (len(todo) - count)
+                    echo(f"{count}/{len(todo)} specs, {each:.1f} s each, {left:.0f} s left; {spec.id} {found:.2f}%")
+        wanted = [spec.id for spec in specs]
+        others = [row for key, row in done.items() if key not in set(wanted)]
+        write_atomic(out, b"".join(canonical_json(row) for row in (*(done[key] for key in wanted), *others)))
+    return [done[key] for key in wanted]
+
+
+def _append(file: BinaryIO, row: Row, path: Path) -> None:
+    try:
+        file.write(canonical_json(row))
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as e:
+        raise DeviceError(f"cannot write {path}: {e.strerror or e}") from e
