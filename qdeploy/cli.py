@@ -38,7 +38,9 @@ class Group(click.Group):
         except OSError as e:  # a path that cannot be looked at: too long, forbidden
             fail(ctx, f"{e.filename or 'a file'}: {e.strerror or e}")
         except KeyboardInterrupt:
-            click.echo("qdeploy: interrupted; train and pull resume, any other command begins again", err=True)
+            click.echo(
+                "qdeploy: interrupted; train, evaluate and pull resume, any other command begins again", err=True
+            )
             ctx.exit(EXIT_INTERRUPTED)
 
 
@@ -100,6 +102,8 @@ def train(recipe: Path, out: Path, data_dir: Path | None, threads: int) -> None:
     "--budget-kib", type=float, help="A mixed level: least error within so many KiB of planes and side tensors."
 )
 @click.option("--spec", type=PATH, help="A level from a subnet spec file (JSON).")
+@click.option("--granularity", type=click.Choice(["tensor", "channel"]), help="Of a uniform level of an EQ-Net run.")
+@click.option("--symmetry", type=click.Choice(["symmetric", "asymmetric"]), help="Of a uniform level of an EQ-Net run.")
 @click.option("--nested-with", type=PATH, help="Spec file or subnet folder that a --budget-kib level must extend.")
 @data_dir
 @option_out("Subnet folder (FrozenNet).")
@@ -109,6 +113,8 @@ def subnet(  # noqa: PLR0913, PLR0917
     bits: int | None,
     budget_kib: float | None,
     spec: Path | None,
+    granularity: str | None,
+    symmetry: str | None,
     nested_with: Path | None,
     data_dir: Path | None,
     out: Path,
@@ -124,7 +130,9 @@ def subnet(  # noqa: PLR0913, PLR0917
     check_free(out, force)
     recipe, net = load_run(run)
     check_integer(net)
-    chosen = choose_spec(net, bits, budget_kib, spec, nested_with)
+    options = {"granularity": granularity, "symmetry": symmetry}
+    given = {name: value for name, value in options.items() if value is not None}
+    chosen = choose_spec(net, bits, budget_kib, spec, nested_with, given)
     frozen = extract_subnet(recipe, net, chosen, data_dir)
     save_frozen(frozen, out, force)
     report = frozen.report
@@ -134,6 +142,57 @@ def subnet(  # noqa: PLR0913, PLR0917
     click.echo(
         f"integers against the simulation: {counts}; rounding the biases to int32 moved {bias['differing']} codes"
     )
+
+
+@main.command()
+@click.argument("run", type=PATH)
+@click.option("--specs", type=PATH, required=True, help="Subnet specs, one JSON object a line.")
+@option_out("Results, one JSON line a spec; an unfinished file is continued.")
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True)
+@data_dir
+def evaluate(run: Path, specs: Path, out: Path, processes: int, data_dir: Path | None) -> None:
+    """Score many specs of a trained RUN on images held out of its training set, each calibrated for itself.
+
+    A killed evaluation loses what was being scored and nothing else: the same command goes on.
+    """
+    import torch
+
+    from qdeploy.evaluate import evaluate as score
+
+    torch.set_num_threads(1)
+    rows = score(run, specs, out, processes, data_dir, say)
+    best = max(rows, key=lambda row: row["accuracy"])
+    click.echo(
+        f"{out}: {len(rows)} specs on {best['images']} images, the best {best['spec_id']} {best['accuracy']:.2f}%"
+    )
+
+
+@main.command()
+@click.argument("run", type=PATH)
+@click.option("--sample", type=click.IntRange(1), help="Write so many specs, each gene drawn uniformly.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("-o", "--out", type=PATH, help="File for the sampled specs, one JSON object a line.")
+@force
+def space(run: Path, sample: int | None, seed: int, out: Path | None, force: bool) -> None:
+    """Print what may vary in a trained RUN and how many subnets that makes; write a sample of them."""
+    from decimal import Decimal
+    from random import Random
+
+    from qdeploy.errors import RecipeError
+    from qdeploy.evaluate import spec_lines
+    from qdeploy.files import write_atomic
+    from qdeploy.train.run import load_run
+
+    if (sample is None) != (out is None):
+        raise RecipeError("--sample and --out go together: how many specs, and where to")
+    if out is not None and out.exists() and not force:
+        raise RecipeError(f"{out} exists: choose another name or add --force")
+    found = load_run(run)[1].space
+    click.echo(f"{found.network}: {len(found.variables)} choices, {found.size} subnets ({Decimal(found.size):.3e})")
+    if sample is not None and out is not None:
+        random = Random(seed)
+        write_atomic(out, spec_lines([found.sample(random) for _ in range(sample)]))
+        click.echo(f"{out}: {sample} specs")
 
 
 @main.command()
@@ -189,20 +248,43 @@ def inspect(path: Path, as_json: bool) -> None:
 
 @main.command(name="compile")
 @click.argument("model", type=PATH)
-@click.option("--target", type=PATH, required=True, help="targets/NAME.toml")
+@click.option("--target", type=PATH, help="targets/NAME.toml")
+@click.option("--isa", type=click.Choice(["auto"]), help="In place of --target: one artifact for all x86 machines.")
 @option_out("Artifact folder.")
+@click.option(
+    "--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads that large layers are spread over."
+)
+@click.option("--constant", is_flag=True, help="Pack the parameters of MODEL into the artifact, which then needs none.")
+@click.option("--shape", metavar="NAME=1,3,224,224", help="Sizes of the input where the file leaves some open.")
 @click.option("--dump", type=PATH, help="Write each phase of the pipeline here.")
 @force
-def compile_(model: Path, target: Path, out: Path, dump: Path | None, force: bool) -> None:
+def compile_(  # noqa: PLR0913, PLR0917
+    model: Path,
+    target: Path | None,
+    isa: str | None,
+    out: Path,
+    threads: int,
+    constant: bool,
+    shape: str | None,
+    dump: Path | None,
+    force: bool,
+) -> None:
     """Compile a QDQ ONNX MODEL through TVM to integer kernels; one artifact runs every level of its ladder."""
     from qdeploy.selftest import check_tvm
 
+    if (target is None) == (isa is None):
+        raise click.UsageError("give --target FILE, or --isa auto")
     check_tvm()
-    from qdeploy.compile.pipeline import compile_model
-    from qdeploy.target import load_target
+    from qdeploy.compile.pipeline import Options, compile_model
+    from qdeploy.compile.read.normalize import parse_shape
+    from qdeploy.target import auto_targets, load_target
 
-    info = compile_model(model, load_target(target), out, force, dump, say)
-    click.echo(f"{out}: {info['target']['name']}, {len(info['kernels'])} kernels, arena {info['arena_bytes']} bytes")
+    targets = auto_targets() if target is None else load_target(target)
+    options = Options(threads, constant, None if shape is None else parse_shape(shape))
+    info = compile_model(model, targets, out, force, dump, say, options)
+    for variant in info["variants"]:
+        text = f"{len(variant['kernels'])} kernels, arena {variant['arena_bytes']} bytes"
+        click.echo(f"{out}: {variant['target']['name']}, {text}")
 
 
 @main.command()

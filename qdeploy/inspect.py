@@ -273,13 +273,14 @@ def _artifact(path: Path) -> Description:
             "kind": "compiled artifact",
             "graph": head["graph"],
             "target": dict(head["target"]),
-            "arena bytes": head["arena_bytes"],
+            "variants": [variant["target"]["name"] for variant in head["variants"]],
+            "arena bytes": head["variants"][0]["arena_bytes"],
             "parameters": len(head["params"]),
             "versions": dict(head["versions"]),
             "files": files,
-            "kernels": [dict(kernel) for kernel in head["kernels"]],
+            "kernels": [dict(kernel) for kernel in head["variants"][0]["kernels"]],
         }
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
         raise BundleError(f"{path}/artifact.json is damaged ({e!r}): compile it again") from e
 
 
@@ -289,9 +290,14 @@ def _spec(path: Path) -> Description:
     except QDeployError as e:
         raise ModelError(f"{path} is JSON, but no subnet spec ({e}); for a bundle name its folder") from e
     layers = [
-        {"layer": x.layer, "weight bits": x.weight_bits, "activation bits": x.activation_bits} for x in spec.layers
+        {"layer": x.layer, "weight bits": x.weight_bits, "activation bits": x.activation_bits}
+        | {key: value for key in ("granularity", "symmetry") if (value := getattr(x, key)) is not None}
+        for x in spec.layers
     ]
-    return {"kind": "subnet spec", "network": spec.network, "id": spec.id, "layers": layers}
+    found: Description = {"kind": "subnet spec", "network": spec.network, "id": spec.id}
+    if spec.architecture is not None:
+        found["architecture"] = spec.architecture.to_json()
+    return found | {"layers": layers}
 
 
 def _run(path: Path) -> Description:
@@ -311,6 +317,7 @@ def _run(path: Path) -> Description:
         "name": recipe.name,
         "network": recipe.network.name,
         "data": recipe.data.name,
+        "method": recipe.quantization.method,
         "widths": list(recipe.quantization.widths),
         "checkpoints": phases,
     }

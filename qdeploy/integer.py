@@ -26,6 +26,50 @@ def dequantize(codes: np.ndarray, q: Quantizer) -> np.ndarray:
     return (codes.astype(np.int32) - np.int32(q.zero_point)).astype(np.float32) * np.float32(q.scale)
 
 
+Real = np.ndarray | np.float32
+
+
+def fma(a: Real, b: Real, c: Real) -> np.ndarray:
+    """float32 a * b + c, rounded once, as processors with a fused multiply-add compute it; operands broadcast.
+
+    The product is exact in float64. Its sum with c is rounded to odd there (the exact error of the sum tells whether
+    bits were lost), and a sum rounded to odd rounds to float32 as the exact one would (Boldo and Melquiond, 2008).
+    """
+    product = np.asarray(a, np.float32).astype(np.float64) * np.asarray(b, np.float32).astype(np.float64)
+    product, c = np.broadcast_arrays(np.atleast_1d(product), np.asarray(c, np.float32).astype(np.float64))
+    total = product + c
+    high = total - product
+    error = (product - (total - high)) + (c - high)
+    to_even = (error != 0) & (total.view(np.int64) & 1 == 0)
+    away = np.where((error > 0) == (total > 0), 1, -1)
+    odd = (total.view(np.int64) + np.where(to_even, away, 0)).view(np.float64)
+    return odd.astype(np.float32).reshape(np.broadcast_shapes(np.shape(a), np.shape(b), np.shape(c)))
+
+
+Affine = tuple[float | np.float32, int]  # scale, zero point
+
+
+def added(a: np.ndarray, b: np.ndarray, grid_a: Affine, grid_b: Affine, grid: Affine) -> np.ndarray:
+    """The sum of two activations as a float32 code that is not rounded yet: fma(a, r_a, fma(b, r_b, k)).
+
+    Codes and zero points are the file's own. r_i = s_i / s_y, k = z_y - fma(r_a, z_a, r_b * z_b), all in float32. Where
+    the first operand is broadcast along the last axis that has more than one place, callers swap the two.
+    """
+    ratio_a, ratio_b = (np.float32(g[0]) / np.float32(grid[0]) for g in (grid_a, grid_b))
+    offset = np.float32(grid[1]) - fma(ratio_a, np.float32(grid_a[1]), ratio_b * np.float32(grid_b[1]))
+    return fma(a.astype(np.float32), ratio_a, fma(b.astype(np.float32), ratio_b, offset))
+
+
+def multiplied(a: np.ndarray, b: np.ndarray, grid_a: Affine, grid_b: Affine, grid: Affine) -> np.ndarray:
+    """The product of two activations as a float32 code that is not rounded yet: float32(p * r) + z_y.
+
+    p = (a - z_a) * (b - z_b) is an integer, r = float32(float32(s_a * s_b) / s_y).
+    """
+    product = (a.astype(np.int32) - np.int32(grid_a[1])) * (b.astype(np.int32) - np.int32(grid_b[1]))
+    ratio = np.float32(grid_a[0]) * np.float32(grid_b[0]) / np.float32(grid[0])
+    return product.astype(np.float32) * ratio + np.float32(grid[1])
+
+
 def requantize_scale(input_scale: float, weight_scale: np.ndarray, output_scale: float) -> np.ndarray:
     """float32(float32(s_x * s_w) / s_y), per output channel."""
     product = np.float32(input_scale) * weight_scale.astype(np.float32)
@@ -46,7 +90,7 @@ def accumulate(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def conv_accumulate(x: np.ndarray, weight: np.ndarray, node: Node) -> np.ndarray:
-    """x: zero-point-subtracted codes [n, C, H, W]; weight int8 [O, C/g, kh, kw] -> int64 [n, O, H', W'].
+    """Codes minus zero points, x [n, C, H, W] and weight [O, C/g, kh, kw] -> int64 [n, O, H', W'].
 
     Padding inserts real zero, which is 0 after the zero point is subtracted.
     """
@@ -68,21 +112,29 @@ def conv_accumulate(x: np.ndarray, weight: np.ndarray, node: Node) -> np.ndarray
     return out
 
 
+def centred_weight(net: FrozenNet, node: Node) -> np.ndarray:
+    """Weight codes of a layer minus its zero point, int16."""
+    codes = net.tensors[f"{node.name}.weight"].astype(np.int16)
+    zero_point = net.tensors.get(f"{node.name}.weight_zero_point")  # absent where weights are symmetric
+    return codes if zero_point is None else codes - np.int16(zero_point)
+
+
 def run_node(net: FrozenNet, node: Node, codes: dict[str, np.ndarray]) -> np.ndarray:
     """uint8 codes of `node.output` from the codes of its inputs."""
     inputs = [net.activations[name].quantizer for name in node.inputs]
     target = net.activations[node.output].quantizer
     first = codes[node.inputs[0]]
     if node.op in ("conv", "linear"):
-        weight, bias = net.tensors[f"{node.name}.weight"], net.tensors[f"{node.name}.bias"]
+        weight, bias = centred_weight(net, node), net.tensors[f"{node.name}.bias"]
         scale = requantize_scale(inputs[0].scale, net.tensors[f"{node.name}.weight_scale"], target.scale)
         centred = first.astype(np.int32) - inputs[0].zero_point
         acc = conv_accumulate(centred, weight, node) if node.op == "conv" else accumulate(centred, weight)
         broadcast = (slice(None), None, None) if node.op == "conv" else slice(None)
         out = requantize(acc + bias[broadcast].astype(np.int64), scale[broadcast], target)
     elif node.op == "add":
-        second = dequantize(codes[node.inputs[1]], inputs[1])
-        out = quantize(dequantize(first, inputs[0]) + second, target)
+        grids = [(q.scale, q.zero_point) for q in (*inputs, target)]
+        real = added(first, codes[node.inputs[1]], grids[0], grids[1], grids[2])
+        out = np.clip(np.rint(real), target.lo, target.hi).astype(np.uint8)
     elif node.op == "global_average_pool":
         area = first.shape[2] * first.shape[3]
         acc = (first.astype(np.int32) - inputs[0].zero_point).sum((2, 3), keepdims=True)

@@ -29,6 +29,9 @@ CPUINFO_FLAGS = {
     "tbm": "tbm", "vaes": "vaes", "vpclmulqdq": "vpclmulqdq", "xop": "xop",
 }  # fmt: skip
 
+SHIPPED = Path(__file__).parents[1] / "targets"
+AUTO = ("x86-64-amx", "x86-64-avx512", "x86-64-avxvnni", "x86-64")  # shipped targets, best first
+
 TILE_FEATURES = ("amx-int8", "amx-tile")  # a process must ask Linux before it uses tiles: `request_tiles`
 
 
@@ -81,6 +84,11 @@ def parse_target(data: bytes, what: str = "the target file") -> Target:
 def load_target(path: Path) -> Target:
     """Read a target file; RecipeError when it is missing or wrong."""
     return parse_target(read_bytes(path, "the target file", RecipeError), str(path))
+
+
+def auto_targets(folder: Path = SHIPPED) -> list[Target]:
+    """Targets of one artifact for all x86 machines, best first; RecipeError when they are not in `folder`."""
+    return [load_target(folder / f"{name}.toml") for name in AUTO]
 
 
 def machine_flags() -> frozenset[str]:

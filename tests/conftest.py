@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # before any test imports numpy, torch or a runtime: on a busy machine more threads are slower, and sums would vary
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +39,17 @@ def fashion_test() -> Dataset:
 def fashion_sample() -> Dataset:
     """The shipped part of the training set: 5,000 images. Shared: do not write into it."""
     return load("fashion-mnist", "sample")
+
+
+@pytest.fixture(scope="session")
+def elastic_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short EQ-Net training with held-out images. Shared: do not write into it."""
+    from qdeploy.train.run import train
+    from tests.train.runs import elastic_recipe
+
+    run = tmp_path_factory.mktemp("elastic") / "run"
+    train(elastic_recipe(images=1024), run, None, lambda _: None)
+    return run
 
 
 @pytest.fixture

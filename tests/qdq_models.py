@@ -47,13 +47,17 @@ class Net:
             out.append(self.node("DequantizeLinear", b, bs, axis=0))
         return out
 
-    def model(self, output: str, rank: int = 4, opset: int = 13) -> ModelProto:
+    def model(self, output: str, rank: int | None = 4, opset: int = 13) -> ModelProto:
         graph = helper.make_graph(
             self.nodes, "g", [helper.make_tensor_value_info("x", TP.FLOAT, self.shape)],
-            [helper.make_tensor_value_info(output, TP.FLOAT, [None] * rank)],
+            [helper.make_tensor_value_info(output, TP.FLOAT, None if rank is None else [None] * rank)],
             [numpy_helper.from_array(np.asarray(a), name) for name, a in self.initializers.items()],
         )  # fmt: skip
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+        domains = sorted({node.domain for node in self.nodes} - {""})
+        opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+        if rank is None:
+            model = onnx.shape_inference.infer_shapes(model)
         return parse_model(canonical_bytes(model))
 
 

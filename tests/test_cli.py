@@ -84,6 +84,7 @@ def test_absent_cifar_says_the_three_ways(tmp_path: Path) -> None:
         (["--budget-kib", 1], "too small"),
         (["--bits", 2, "--nested-with", "x"], "goes with --budget-kib"),
         (["--spec", "absent.json"], "cannot read"),
+        (["--bits", 2, "--granularity", "channel"], "--granularity goes with --bits and a run of method eqnet"),
     ],
 )
 def test_subnet_choices(tmp_path: Path, options: list[object], expected: str) -> None:
@@ -139,6 +140,19 @@ def test_compile_refuses_an_unknown_target(tmp_path: Path, models: list[Path], l
     text = 'name = "t"\narch = "x86_64"\nkind = "llvm"\n' + ("cpu = 'generic'\n" if "cpu" not in line else "")
     target.write_text(text + line)
     refused(call("compile", models[0], "--target", target, "-o", tmp_path / "a"), expected)
+
+
+def test_compile_wants_one_target_or_all(tmp_path: Path, models: list[Path]) -> None:
+    for given in ((), ("--target", HOST, "--isa", "auto")):
+        refused(call("compile", models[0], *given, "-o", tmp_path / "a"), "give --target FILE, or --isa auto")
+
+
+def test_compile_with_threads_and_constants(tmp_path: Path, models: list[Path]) -> None:
+    done = call("compile", models[0], "--target", HOST, "--threads", 2, "--constant", "-o", tmp_path / "a")
+    assert done.exit_code == 0 and "kernels, arena" in done.stdout
+    head = json.loads((tmp_path / "a" / "artifact.json").read_bytes())
+    assert head["threads"] == 2 and head["constant"] and set(head["files"]) == {"lib.so", "packed.bin"}
+    assert json.loads(call("inspect", tmp_path / "a", "--json").stdout)["variants"] == ["host"]
 
 
 def test_serve_says_when_the_port_is_in_use(tmp_path: Path, models: list[Path]) -> None:

@@ -8,6 +8,7 @@ from qdeploy.errors import BundleError, ModelError, QDeployError
 from qdeploy.files import canonical_json
 from qdeploy.frozen import save_frozen
 from qdeploy.inspect import describe, render
+from qdeploy.space import Architecture, Block, LayerBits, SubnetSpec
 from tests.bundle.small import small_tree
 from tests.nets_frozen import random_frozen
 
@@ -70,6 +71,11 @@ def test_frozen_network_and_spec(tmp_path: Path) -> None:
     spec = describe(tmp_path / "spec.json")
     assert spec["kind"] == "subnet spec" and spec["id"] == net.spec.id and len(spec["layers"]) == len(net.spec.layers)
     assert "weight bits" in render(spec) and "stem" in render(found)
+    elastic = SubnetSpec("n", (LayerBits("a", 2, 3, "channel", "asymmetric"),), Architecture(((Block(3, 4),),), 28))
+    (tmp_path / "elastic.json").write_bytes(canonical_json(elastic.to_json()))
+    spec = describe(tmp_path / "elastic.json")
+    assert spec["layers"][0]["granularity"] == "channel" and spec["architecture"]["resolution"] == 28
+    assert "asymmetric" in render(spec)
 
 
 def test_anything_else(tmp_path: Path) -> None:

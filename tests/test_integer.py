@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from fractions import Fraction
+
 import numpy as np
 import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import helper
 
+from qdeploy.compile.graph import swapped
 from qdeploy.export.parity import EXACT_PRODUCTS
 from qdeploy.frozen import FrozenNet, Node, Quantizer, Tensor, WeightBits
-from qdeploy.integer import accumulate, conv_accumulate, dequantize, logits, quantize, requantize, run, run_node
+from qdeploy.integer import (
+    accumulate,
+    added,
+    conv_accumulate,
+    dequantize,
+    fma,
+    logits,
+    multiplied,
+    quantize,
+    requantize,
+    run,
+    run_node,
+)
 from qdeploy.space import SubnetSpec
 from tests.nets_frozen import ladder_of, random_frozen
 
@@ -37,6 +53,7 @@ def one_node(
 def runtime(op: str, feeds: dict[str, np.ndarray], constants: list[object], **attributes: object) -> np.ndarray:
     """One ONNX Runtime operator; `constants` follow the order of its inputs, str for a fed one, None for an absent."""
     names, initializers = [], []
+    kind_of = {name: helper.np_dtype_to_tensor_dtype(array.dtype) for name, array in feeds.items()}
     for i, value in enumerate(constants):
         names.append(value if isinstance(value, str) else "" if value is None else f"c{i}")
         if isinstance(value, np.ndarray):
@@ -46,8 +63,8 @@ def runtime(op: str, feeds: dict[str, np.ndarray], constants: list[object], **at
     graph = helper.make_graph(
         [helper.make_node(op, names, ["y"], domain=domain, **attributes)],
         "g",
-        [helper.make_tensor_value_info(name, TensorProto.UINT8, array.shape) for name, array in feeds.items()],
-        [helper.make_tensor_value_info("y", TensorProto.UINT8, None)],
+        [helper.make_tensor_value_info(name, kind_of[name], array.shape) for name, array in feeds.items()],
+        [helper.make_tensor_value_info("y", next(iter(kind_of.values())), None)],
         initializers,
     )
     opsets = [helper.make_opsetid("", 13), helper.make_opsetid("com.microsoft", 1)]
@@ -57,6 +74,39 @@ def runtime(op: str, feeds: dict[str, np.ndarray], constants: list[object], **at
     options.add_session_config_entry(*EXACT_PRODUCTS)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, feeds)[0])
+
+
+# The fused multiply-add ----------------------------------------------------------------------------------------------
+
+reals = st.floats(-(2.0**60), 2.0**60, width=32, allow_subnormal=False)
+
+
+def rounded(exact: Fraction) -> np.float32:
+    """The float32 nearest to a rational number, ties to even."""
+    near = F(float(exact))  # at most one step off
+    candidates = [near, np.nextafter(near, F(np.inf)), np.nextafter(near, F(-np.inf))]
+    return min(candidates, key=lambda v: (abs(Fraction(float(v)) - exact), int(v.view(np.uint32)) & 1))
+
+
+@given(reals, reals, reals)
+def test_fma_rounds_once(a: float, b: float, c: float) -> None:
+    for third in (c, -float(F(a) * F(b))):  # also where the product is cancelled
+        exact = Fraction(a) * Fraction(b) + Fraction(third)
+        assert fma(F(a), F(b), F(third)) == rounded(exact)
+
+
+@given(st.integers(0, 2**12), st.integers(-140, -20), st.booleans())
+def test_fma_decides_ties_by_what_float64_loses(low: int, exponent: int, negative: bool) -> None:
+    """(1 + 2^-12 m)^2 lies in the middle of two float32 numbers for odd m; c is far below float64's last bit."""
+    a = F(1 + (2 * low + 1) * 2.0**-12)
+    c = F((-1 if negative else 1) * 2.0**exponent)
+    assert fma(a, a, c) == rounded(Fraction(float(a)) ** 2 + Fraction(float(c)))
+
+
+def test_fma_broadcasts() -> None:
+    out = fma(np.ones((3, 1), F), F(2), np.arange(4, dtype=F))
+    assert out.shape == (3, 4) and out.dtype == F
+    np.testing.assert_array_equal(out, np.broadcast_to(np.arange(4) + 2, (3, 4)))
 
 
 # Against plain loops -------------------------------------------------------------------------------------------------
@@ -245,18 +295,46 @@ def test_global_average_pool_equals_onnx_runtime(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_add_against_onnx_runtime_over_all_pairs(seed: int) -> None:
-    """ONNX Runtime folds the zero points into one float: a few sums in a million fall on the other side of a half."""
+def test_add_equals_onnx_runtime_over_all_pairs(seed: int) -> None:
     rng = np.random.default_rng(seed)
     a, b = (np.ascontiguousarray(v.reshape(1, -1).astype(np.uint8)) for v in np.meshgrid(range(256), range(256)))
     qa, qb, target = quantizer(rng, 0.02), quantizer(rng, 0.02), quantizer(rng, 0.04)
+    if seed % 2:  # scales in whole ratios, so that every second sum is a tie
+        qa, qb = replace(qa, scale=target.scale / 2), replace(qb, scale=target.scale * 1.5)
     got = one_node("add", {"a": (a, qa), "b": (b, qb)}, target)
     sa, za, sy, zy = _parameters(qa, target)
     sb, zb, _, _ = _parameters(qb, target)
     wanted = runtime("QLinearAdd", {"a": a, "b": b}, ["a", sa, za, "b", sb, zb, sy, zy])
-    steps = np.abs(got.astype(int) - wanted.astype(int))
-    assert steps.max() <= 1
-    assert np.count_nonzero(steps) <= 20  # of 65536
+    np.testing.assert_array_equal(got, wanted)
+
+
+SHAPES = [
+    ((1, 61), (1, 61)), ((1, 1), (1, 9)), ((1, 4, 5, 6), (4, 1, 1)), ((4, 1, 1), (1, 4, 5, 6)),
+    ((1, 1, 5, 6), (1, 4, 5, 6)), ((1, 4, 5, 1), (1, 4, 5, 6)), ((1, 4, 5, 1), (1, 1, 1, 6)),
+    ((1, 4, 1, 1), (1, 1, 1, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_sums_and_products_equal_onnx_runtime(dtype: type, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    """Broadcast, one value, short tails, one operand stored in the file; scales whose ratios give ties."""
+    rng = np.random.default_rng(len(shapes[0]))
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    swap = swapped(*((1,) * (4 - len(s)) + s for s in shapes))
+    for turn in range(60):
+        a, b = (rng.integers(low, high + 1, shape).astype(dtype) for shape in shapes)
+        scales = rng.integers(1, 2**8, 3) / F(2**12) if turn % 2 else rng.uniform(0.001, 0.1, 3)
+        ga, gb, gy = ((F(scale), int(rng.integers(low, high + 1))) for scale in scales)
+        parameters = [part for scale, zero in (ga, gb, gy) for part in (np.array(scale), np.array(zero, dtype))]
+        feeds = {"a": a, "b": b} if turn % 3 else {"a": a}
+        inputs = ["a", *parameters[:2], "b" if turn % 3 else b, *parameters[2:]]
+        for op, real in (
+            ("QLinearAdd", added(b, a, gb, ga, gy) if swap else added(a, b, ga, gb, gy)),
+            ("QLinearMul", multiplied(a, b, ga, gb, gy)),
+        ):
+            got = np.clip(np.rint(real), low, high).astype(dtype)
+            np.testing.assert_array_equal(got, runtime(op, feeds, inputs))
 
 
 def _parameters(source: Quantizer, target: Quantizer) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -264,3 +342,30 @@ def _parameters(source: Quantizer, target: Quantizer) -> tuple[np.ndarray, np.nd
         np.array(source.scale, F), np.array(source.zero_point, np.uint8),
         np.array(target.scale, F), np.array(target.zero_point, np.uint8),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["conv", "linear"])
+def test_a_weight_zero_point_is_subtracted_from_every_code(op: str) -> None:
+    """Weights with a zero point compute what centred ones do, also where a centred code would not fit int8."""
+    net = random_frozen(0, blocks=1, width=4, size=4, images=2)
+    node = next(node for node in net.nodes if node.op == op)
+    codes, centred = net.golden[node.inputs[0]], net.tensors[f"{node.name}.weight"].astype(np.int64)
+    weights = {f"{node.name}.weight": np.clip(centred + 90, -128, 127).astype(np.int8)}
+    shifted = replace(net, tensors=net.tensors | weights | {f"{node.name}.weight_zero_point": np.array(90, np.int8)})
+    kept = np.clip(centred + 90, -128, 127) - 90
+    plain = replace(net, tensors=net.tensors | {f"{node.name}.weight": kept.astype(np.int8)})
+    assert kept.min() >= -128
+    np.testing.assert_array_equal(
+        run_node(shifted, node, {node.inputs[0]: codes}), run_node(plain, node, {node.inputs[0]: codes})
+    )
+    low = replace(net, tensors=net.tensors | {f"{node.name}.weight_zero_point": np.array(-100, np.int8)})
+    source, target = (net.activations[name].quantizer for name in (node.inputs[0], node.output))
+    x = codes.astype(np.int64) - source.zero_point
+    wide = centred + 100  # up to 227
+    acc = conv_accumulate(x, wide, node) if op == "conv" else x @ wide.T
+    bias = net.tensors[f"{node.name}.bias"]
+    scale = F(source.scale) * net.tensors[f"{node.name}.weight_scale"] / F(target.scale)
+    shape = (-1, 1, 1) if op == "conv" else (-1,)
+    expected = requantize(acc + bias.reshape(shape), scale.reshape(shape), target)
+    expected = np.maximum(expected, target.zero_point) if node.relu else expected
+    np.testing.assert_array_equal(run_node(low, node, {node.inputs[0]: codes}), expected)

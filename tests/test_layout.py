@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "qdeploy"
 
 VOCABULARY = "files space cost target recipe frozen integer data selftest"
 STAGES = (
-    f"{VOCABULARY} bundle qdq ladder train subnet allocate freeze extract export bundle.write compile.artifact"
+    f"{VOCABULARY} bundle qdq ladder train subnet allocate freeze extract evaluate export bundle.write compile.artifact"
     " compile profile client serve inspect report"
 )
 
@@ -48,6 +48,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "allocate": ("errors files space bundle quant subnet", "numpy torch", ""),
     "freeze": ("errors files space recipe frozen integer data quant subnet", "numpy torch", ""),
     "extract": ("errors files space recipe frozen data quant train subnet allocate freeze", "numpy torch", ""),
+    "evaluate": ("errors files space data quant train", "numpy torch", ""),
     "export": ("errors files space frozen integer qdq", "numpy onnx", "onnxsim onnxruntime"),
     "bundle.write": ("errors files qdq bundle nesting ladder", "numpy", ""),
     "compile.artifact": ("errors files target", "numpy", "tvm"),  # loading one: the device side does so too

@@ -2,7 +2,8 @@
 
     python tools/bench_compile.py [--target FILE]... [--networks NAME,...] [--data-dir DIR] [--images N] [-o JSON]
 
-For each target: compile time, bytes, milliseconds (medians over interleaved rounds, quartiles behind them), ratios
+For each target: compile time, bytes of code and of the arena (beside them the arena with the largest tensors placed
+first, and what no plan can go below), milliseconds (medians over interleaved rounds, quartiles behind them), ratios
 (above 1: the artifact is faster) and how many of N real images give another output than ONNX Runtime. A network that
 the compiler refuses is a row that says so and counts as missing. What this machine cannot run is "not measured".
 """
@@ -31,11 +32,15 @@ from zoo import ROOT, ZOO, Images, Model, make
 
 from qdeploy.compile.artifact import Artifact, Packed
 from qdeploy.compile.llvm import Resolved, resolve
+from qdeploy.compile.lower import lower
 from qdeploy.compile.pipeline import compile_model
+from qdeploy.compile.plan import plan
+from qdeploy.compile.read.handlers import read_graph
 from qdeploy.errors import CompileError, DeviceError, QDeployError
 from qdeploy.files import write_atomic
 from qdeploy.profile.latency import load_pair, machine, ort_runner, rounds, summary
 from qdeploy.profile.report import machine_line
+from qdeploy.qdq import load_model
 from qdeploy.target import load_target, missing_features
 
 SMALL = 64  # pixels; smaller networks are checked on more images
@@ -109,10 +114,17 @@ def compiled(model: Model, resolved: Resolved, folder: Path) -> tuple[dict[str, 
     figures = {
         "compile_seconds": seconds,
         "library_bytes": (folder / "lib.so").stat().st_size,
-        "arena_bytes": description["arena_bytes"],
+        "arena_bytes": description["variants"][0]["arena_bytes"],
         "packed_bytes": packed.nbytes,
-    }
+    } | arenas(model, resolved)
     return figures, artifact, packed
+
+
+def arenas(model: Model, resolved: Resolved) -> dict[str, int]:
+    """Bytes of the arena when the largest tensors are placed first, and what no plan can go below."""
+    program = lower(read_graph(load_model(model.qdq)[1]), resolved.dot)
+    found = plan(program.values, program.lives())
+    return {"arena_by_size": found.by_size, "arena_bound": found.bound}
 
 
 def measure(model: Model, resolved: Resolved, images: Images, args: argparse.Namespace) -> dict[str, Any]:
@@ -155,7 +167,8 @@ def cell(row: dict[str, Any], name: str) -> str:
 
 
 HEAD = (
-    f"{'network':19} {'weights':9} {'compile':>8} {'library':>9} {'arena':>9} {'artifact ms (quartiles)':>24} "
+    f"{'network':19} {'weights':9} {'compile':>8} {'library':>9} {'arena':>9} {'by size':>9} {'bound':>9} "
+    f"{'artifact ms (quartiles)':>24} "
     f"{'ORT int8 ms':>24} {'OpenVINO int8 ms':>24} {'ORT fp32 ms':>24} {'/ORT':>6} {'/OV':>6} {'/fp32':>6}  differing"
 )
 
@@ -167,6 +180,7 @@ def line(row: dict[str, Any]) -> str:
         return f"{start} refused: {row['refused']} ({row['refusals']} in all)"
     outputs = row["outputs"]
     text = f"{start} {row['compile_seconds']:6.1f} s {row['library_bytes']:>9,} {row['arena_bytes']:>9,}"
+    text += f" {row['arena_by_size']:>9,} {row['arena_bound']:>9,}"
     text += "".join(f" {cell(row, name):>24}" for name in ("artifact", *PEERS))
     text += "".join(f" {row['ratio'][name]:6.2f}" if name in row["ratio"] else f" {'-':>6}" for name in PEERS)
     text += f"  {outputs['differing']} of {outputs['images']}"

@@ -216,6 +216,6 @@ def export_demo(out: Path) -> None:
     from qdeploy.train.run import load_run
 
     recipe, net = load_run(ROOT / "models" / "fashion-resnet8")
-    top = max(net.choice.widths)
+    top = max(net.widths)
     frozen = extract(net, net.uniform(top), recipe.name, calibration_set(recipe, None).images, None)
     write_atomic(out, qdq_bytes(frozen))

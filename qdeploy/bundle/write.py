@@ -30,7 +30,7 @@ from qdeploy.ladder import Ladder
 from qdeploy.nesting import Nested
 
 PACK_BYTES = 1 << 20  # an object is closed when it has reached this size
-ARTIFACT_FORMAT = "qdeploy-artifact/1"
+ARTIFACT_FORMAT = "qdeploy-artifact/2"
 Echo = Callable[[str], None]
 
 

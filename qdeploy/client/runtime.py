@@ -19,8 +19,18 @@ from qdeploy.client.receive import Echo
 from qdeploy.client.state import DeviceFolder
 from qdeploy.errors import DeviceError
 
-RunOne = Callable[[np.ndarray], np.ndarray]  # float32 [1, C, H, W] -> float32 [1, classes]
+RunBatch = Callable[[np.ndarray], np.ndarray]  # float32 [N, C, H, W] -> float32 [N, classes], N the model's batch
 RUNTIMES = ("tvm", "ort")
+
+
+def in_batches(run: RunBatch, images: np.ndarray, size: int) -> np.ndarray:
+    """Outputs of any number of images, `size` at a time; the last image fills up the last batch."""
+    outputs = []
+    for i in range(0, len(images), size):
+        part = images[i : i + size]
+        filled = np.concatenate([part, *[part[-1:]] * (size - len(part))])
+        outputs.append(run(filled)[: len(part)])
+    return np.concatenate(outputs)
 
 
 class _Compiled:
@@ -37,9 +47,10 @@ class _Compiled:
         self._artifact = load_artifact(unpack_artifact(folder, manifest, index, read))
         if self._artifact.graph != manifest.graph:
             raise DeviceError(f"the compiled artifact in {folder} is for another graph: publish the release again")
+        self.batch: int = self._artifact.input_shape[0]
         self.sample: tuple[int, ...] = tuple(self._artifact.input_shape[1:])
 
-    def prepare(self, manifest: Manifest, level: str, read: ReadPiece) -> RunOne:
+    def prepare(self, manifest: Manifest, level: str, read: ReadPiece) -> RunBatch:
         packed = self._artifact.prepare(level_tensors(manifest, level, read))
         return lambda x: self._artifact.run(x, packed)
 
@@ -49,6 +60,7 @@ class _OnnxRuntime:
 
     def __init__(self, manifest: Manifest, level: str, read: ReadPiece) -> None:
         session = self._session(manifest, level, read)
+        self.batch: int = session.get_inputs()[0].shape[0]
         self.sample: tuple[int, ...] = tuple(session.get_inputs()[0].shape[1:])
 
     @staticmethod
@@ -67,7 +79,7 @@ class _OnnxRuntime:
             reason = str(e).strip().splitlines()[0]
             raise DeviceError(f"ONNX Runtime cannot load level {level} ({reason}): use --runtime tvm") from e
 
-    def prepare(self, manifest: Manifest, level: str, read: ReadPiece) -> RunOne:
+    def prepare(self, manifest: Manifest, level: str, read: ReadPiece) -> RunBatch:
         session = self._session(manifest, level, read)
         name = session.get_inputs()[0].name
         return lambda x: np.asarray(session.run(None, {name: x})[0])
@@ -77,7 +89,7 @@ class _Active(NamedTuple):
     """What runs now: one reference, so that a reader sees a level and its parameters together."""
 
     level: str
-    run: RunOne
+    run: RunBatch
 
 
 class LevelRunner:
@@ -136,7 +148,7 @@ class LevelRunner:
         """As `run`, with the level that made every one of these outputs."""
         active = self._active
         batch = to_input(np.asarray(x), self.sample)
-        return np.concatenate([active.run(batch[i : i + 1]) for i in range(len(batch))]), active.level
+        return in_batches(active.run, batch, self._backend.batch), active.level
 
     def climb(self, to: str, echo: Echo | None = None) -> PullReport:
         """As `pull.climb`, under running inference."""

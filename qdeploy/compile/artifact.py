@@ -1,18 +1,20 @@
 """A compiled artifact on the machine that runs it. Imports numpy and the standard library; tvm when one is loaded.
 
-    artifact = load_artifact(folder)          # checks hashes, format and the cpu, loads lib.so once
+    artifact = load_artifact(folder)          # checks hashes, format and the cpu, loads a library once
     packed = artifact.prepare(params)         # one level's ONNX initializers -> what the kernels read
-    logits = artifact.run(image, packed)      # float32 [1, C, H, W] -> float32
+    logits = artifact.run(images, packed)     # float32 [N, C, H, W] -> float32
 
 Weights and quantization parameters are arguments, so one artifact runs every level of the ladder with its graph
-digest: prepare the next level's parameters while the old `packed` still runs, then use the new one.
+digest: prepare the next level's parameters while the old `packed` still runs, then use the new one. An artifact that
+was compiled with its constants has a level of its own: `artifact.run(images)`.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,14 +23,18 @@ from typing import Any
 import numpy as np
 
 from qdeploy.errors import CompileError, DeviceError
-from qdeploy.files import parse_json, read_bytes, sha256
+from qdeploy.files import canonical_json, parse_json, read_bytes, sha256
 from qdeploy.target import TILE_FEATURES, missing_features, request_tiles
 
-FORMAT = "qdeploy-artifact/1"
-LIBRARY, DESCRIPTION = "lib.so", "artifact.json"
+FORMAT = "qdeploy-artifact/2"
+DESCRIPTION = "artifact.json"
 KEYS = {
-    "format", "graph", "target", "inputs", "outputs", "params", "arena_bytes", "kernels", "versions", "files",
+    "format", "graph", "target", "threads", "constant", "inputs", "outputs", "params", "variants", "versions", "files",
 }  # fmt: skip
+THREAD_VARIABLES = ("TVM_NUM_THREADS", "OMP_NUM_THREADS")  # what TVM reads
+JOIN_LAYOUTS = ("tight", "spaced", "sorted")  # kernels/join.py's numbers for them
+VARIANT_KEYS = {"library", "target", "arena_bytes", "packed_bytes", "packed", "kernels"}
+Description = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,73 +48,146 @@ class Param:
 
 @dataclass(frozen=True)
 class Packed:
-    """One level's parameters in the kernels' layout; opaque, immutable, belongs to the artifact that made it."""
+    """One level's parameters in the kernels' layout; opaque, immutable, belongs to the artifact that made it.
+
+    Any number of threads may run one at once.
+    """
 
     artifact: Artifact = field(repr=False)
-    tensors: tuple[Any, ...] = field(repr=False)
+    tensor: Any = field(repr=False)  # tvm.runtime.Tensor, uint8
     nbytes: int
 
 
 class Artifact:
-    """A loaded artifact. Its methods may be called from several threads; they run one after another."""
+    """A loaded artifact. Its methods may be called from several threads at once: each call has buffers to itself."""
 
-    def __init__(self, description: dict[str, Any], machine: Any) -> None:
-        self.description = description
-        self.graph: str = description["graph"]
-        self.arena_bytes: int = description["arena_bytes"]
-        self.params = [Param(p["name"], p["dtype"], tuple(p["shape"])) for p in description["params"]]
-        self.input_shape = tuple(description["inputs"][0]["shape"])
-        self.output_shape = tuple(description["outputs"][0]["shape"])
-        self._machine = machine
-        self._functions = {name: machine[name] for name in ("prepare", "main", "codes")}
-        self._lock = threading.Lock()  # the VM keeps its registers and its arena in one frame
+    def __init__(self, head: Description, variant: Description, library: Any, packed: bytes | None = None) -> None:
+        """`library`: the loaded module; `variant`: its entry of artifact.json; `packed`: the stored level."""
+        self.description = head | variant
+        self.graph: str = head["graph"]
+        self.arena_bytes: int = variant["arena_bytes"]
+        self.params = [Param(p["name"], p["dtype"], tuple(p["shape"])) for p in head["params"]]
+        self.input_shape = tuple(head["inputs"][0]["shape"])
+        self.output_shape = tuple(head["outputs"][0]["shape"])
+        self._codes: str = head["outputs"][0]["codes"]  # "": the output has none
+        names = ("prepare", "main", "profile", "join", *(["codes"] if self._codes else []))
+        self._functions = {name: library[name] for name in names}
+        self._free: dict[str, list[tuple[_Shared, _Shared, _Shared]]] = {}  # by function: `_buffers`
+        self._constant = None if packed is None else self._packed(np.frombuffer(packed, np.uint8))
 
     def prepare(self, params: Mapping[str, np.ndarray]) -> Packed:
         """Pack one level. `params`: ONNX initializer name -> array; names that no kernel reads are ignored.
 
         Raises DeviceError that names the first parameter which is missing or has another dtype or shape.
         """
-        import tvm
-
-        tensors = [tvm.runtime.tensor(self._checked(param, params)) for param in self.params]
-        packed = self._guarded("prepare", *tensors)
-        parts = tuple(packed[i] for i in range(len(packed)))
-        return Packed(self, parts, sum(part.numpy().nbytes for part in parts))
-
-    def run(self, x: np.ndarray, packed: Packed) -> np.ndarray:
-        """One inference: float32 `input_shape` -> float32 `output_shape`. Raises DeviceError for another shape."""
-        return self._call("main", x, packed)
-
-    def codes(self, x: np.ndarray, packed: Packed) -> np.ndarray:
-        """As `run`, but the integer codes before the last Dequantize, in the dtype that the ONNX file gives them."""
-        return self._call("codes", x, packed)
-
-    def runner(self, x: np.ndarray, packed: Packed) -> Any:
-        """A function without arguments that runs `main` on a fixed input, for timing: no copies in or out."""
-        args = (self._input(x, packed), *packed.tensors)
-        main = self._functions["main"]
-        return lambda: main(*args)
-
-    def _call(self, function: str, x: np.ndarray, packed: Packed) -> np.ndarray:
-        return self._guarded(function, self._input(x, packed), *packed.tensors).numpy()
-
-    def _guarded(self, function: str, *args: Any) -> Any:
-        """Call into the VM; what it refuses shows that artifact.json and lib.so do not belong together."""
+        arrays = [self._checked(param, params) for param in self.params]
+        addresses = np.array([array.ctypes.data for array in arrays], np.int64)
+        packed = self._packed(np.zeros(self.description["packed_bytes"], np.uint8))
         try:
-            with self._lock:
-                return self._functions[function](*args)
+            self._functions["prepare"](_tensor(addresses), packed.tensor)
+        except (RuntimeError, ValueError, TypeError) as e:
+            raise DeviceError(f"these parameters do not fit the artifact: {_reason(e)}") from e
+        return packed
+
+    def join(self, parts: Sequence[tuple[int, str, bytes]], count: int, shift: int, bias: int) -> np.ndarray:
+        """Bit planes of a weight tensor -> uint8 [count], its container codes (int8 ones as their bytes).
+
+        `parts` are (planes, layout, inflated bytes) as qdeploy/bundle/FORMAT.md has them, in their order. With b planes
+        in all, symbols u become (u << shift) + bias mod 256; a level [b, shift, offset] has bias offset - (2^(b-1) <<
+        shift). Raises DeviceError when a part has another length than its layout says.
+        """
+        codes, held, left = _Shared((count,), "uint8"), 0, sum(bits for bits, _, _ in parts)
+        codes.array[...] = 0
+        for bits, layout, raw in parts:
+            left -= bits
+            numbers = (bits, JOIN_LAYOUTS.index(layout), held, shift + left, 0, 0 if left else bias)
+            self._guarded("join", _tensor(np.frombuffer(raw, np.uint8)), codes.tensor, *numbers)
+            held += bits
+        return codes.array
+
+    def run(self, x: np.ndarray, packed: Packed | None = None) -> np.ndarray:
+        """One inference: float32 `input_shape` -> float32 `output_shape`. Raises DeviceError for another shape."""
+        return self._call("main", x, packed, "float32")
+
+    def codes(self, x: np.ndarray, packed: Packed | None = None) -> np.ndarray:
+        """As `run`, but the integer codes before the last Dequantize, in the dtype that the ONNX file gives them.
+
+        Raises DeviceError where the network's output is not quantized.
+        """
+        if not self._codes:
+            raise DeviceError("the network's output is not quantized, so it has no codes: use run")
+        return self._call("codes", x, packed, self._codes)
+
+    def runner(self, x: np.ndarray, packed: Packed | None = None) -> Callable[[], Any]:
+        """A function without arguments that runs `main` on a fixed input, for timing: no copies in or out."""
+        args = (self._input(x), self._level(packed).tensor, _empty((self.arena_bytes,), "uint8"))
+        output, main = _empty(self.output_shape, "float32"), self._functions["main"]
+        return lambda: main(*args, output)
+
+    def ticks(self, x: np.ndarray, packed: Packed | None = None) -> Callable[[], np.ndarray]:
+        """A function without arguments that runs on a fixed input: int64 [calls], nanoseconds in each kernel.
+
+        In the order of the `functions` of artifact.json's `kernels`.
+        """
+        count = sum(len(row["functions"]) for row in self.description["kernels"])
+        times, output = _empty((count,), "int64"), _empty(self.output_shape, "float32")
+        args = (self._input(x), self._level(packed).tensor, _empty((self.arena_bytes,), "uint8"), output, times)
+
+        def run() -> np.ndarray:
+            self._guarded("profile", *args)
+            return np.array(times.numpy())
+
+        return run
+
+    def _call(self, function: str, x: np.ndarray, packed: Packed | None, dtype: str) -> np.ndarray:
+        level, x = self._level(packed), self._checked_input(x)
+        with self._buffers(function, dtype) as (image, arena, output):
+            image.array[...] = x
+            self._guarded(function, image.tensor, level.tensor, arena.tensor, output.tensor)
+            return output.array.copy()
+
+    @contextmanager
+    def _buffers(self, function: str, dtype: str) -> Iterator[tuple[_Shared, _Shared, _Shared]]:
+        """Input, arena and output that no other call uses now; as many are kept as calls ran at once."""
+        free = self._free.setdefault(function, [])
+        try:
+            found = free.pop()
+        except IndexError:
+            found = (
+                _Shared(self.input_shape, "float32"), _Shared((self.arena_bytes,), "uint8"),
+                _Shared(self.output_shape, dtype),
+            )  # fmt: skip
+        try:
+            yield found
+        finally:
+            free.append(found)
+
+    def _packed(self, data: np.ndarray) -> Packed:
+        return Packed(self, _tensor(data), data.nbytes)
+
+    def _guarded(self, function: str, *args: Any) -> None:
+        """Call into the library; what it refuses is an error of the parameters or of the artifact."""
+        try:
+            self._functions[function](*args)
         except (RuntimeError, ValueError, TypeError) as e:
             raise DeviceError(f"the artifact cannot run ({_reason(e)}): fetch or compile it again") from e
 
-    def _input(self, x: np.ndarray, packed: Packed) -> Any:
-        import tvm
-
-        if packed.artifact is not self:
+    def _level(self, packed: Packed | None) -> Packed:
+        level = packed or self._constant
+        if level is None:
+            raise DeviceError("the artifact holds no level: give what `prepare` returned, or compile with --constant")
+        if level.artifact is not self:
             raise DeviceError("these parameters were packed by another artifact: pack them with this one")
+        return level
+
+    def _checked_input(self, x: np.ndarray) -> np.ndarray:
         x = np.asarray(x)
         if x.shape != self.input_shape or x.dtype != np.float32:
             raise DeviceError(f"the input is {x.dtype} {list(x.shape)}: give float32 {list(self.input_shape)}")
-        return tvm.runtime.tensor(np.ascontiguousarray(x))
+        return x
+
+    def _input(self, x: np.ndarray) -> Any:
+        return _tensor(np.ascontiguousarray(self._checked_input(x)))
 
     @staticmethod
     def _checked(param: Param, params: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -122,10 +201,49 @@ class Artifact:
                 f"parameter {param.name} is {array.dtype} {list(array.shape)}: this artifact needs "
                 f"{param.dtype} {list(param.shape)}, so it was compiled from another model"
             )
-        return np.ascontiguousarray(array).reshape(param.shape)
+        return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+class _Shared:
+    """A tensor of TVM's and a numpy array on the same bytes."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        self.tensor = _empty(shape, dtype)
+        self.array: np.ndarray = np.from_dlpack(self.tensor)
+
+
+def _tensor(array: np.ndarray) -> Any:
+    import tvm
+
+    return tvm.runtime.tensor(array)
+
+
+def _empty(shape: tuple[int, ...], dtype: str) -> Any:
+    import tvm
+
+    return tvm.runtime.empty(shape, dtype)
+
+
+# artifact.json -------------------------------------------------------------------------------------------------------
+
+
+def identity(head: Description, variant: Description) -> str:
+    """Hex digits that the library of `variant` carries as its build id: it belongs to this description alone.
+
+    So nobody's edit of a shape, or of the instruction sets that the code uses, reaches the code.
+    """
+    shared = {key: head[key] for key in ("format", "graph", "threads", "constant", "inputs", "outputs", "params")}
+    return sha256(canonical_json(shared | variant))
+
+
+def carries(library: bytes, digits: str) -> bool:
+    """Whether an ELF library has the build id `digits`: a note of type 3 by GNU."""
+    value = bytes.fromhex(digits)
+    note = b"".join(n.to_bytes(4, "little") for n in (4, len(value), 3)) + b"GNU\0" + value
+    return note in library
+
+
+def read_description(folder: Path) -> Description:
     """artifact.json of `folder`, its form and the hashes of all files checked; raises CompileError."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -137,83 +255,132 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise CompileError(f"{folder / DESCRIPTION} has format {found!r}, not {FORMAT}: compile the model again")
     if problem := _description_problem(head):
         raise CompileError(f"{folder / DESCRIPTION} is damaged ({problem}): compile the model again")
-    for name, digest in head["files"].items():
-        if sha256(read_bytes(folder / name, "the artifact's file", CompileError)) != digest:
-            raise CompileError(f"{folder / name} does not match {DESCRIPTION}: fetch or compile the artifact again")
+    for name in head["files"]:
+        read_file(folder, head, name)
     return head
 
 
-def _description_problem(head: dict[str, Any]) -> str | None:
+def read_file(folder: Path, head: Description, name: str) -> bytes:
+    """A file of the artifact, compared with its digest; raises CompileError."""
+    data = read_bytes(folder / name, "the artifact's file", CompileError)
+    if sha256(data) != head["files"][name]:
+        raise CompileError(f"{folder / name} does not match {DESCRIPTION}: fetch or compile the artifact again")
+    return data
+
+
+def _description_problem(head: Description) -> str | None:
     """The first reason why artifact.json cannot be used."""
     if set(head) != KEYS:
         return f"its keys are not {', '.join(sorted(KEYS))}"
-    if not (isinstance(head["files"], dict) and set(head["files"]) == {LIBRARY}):
-        return f"its files are not just {LIBRARY}"
-    features = head["target"].get("features") if isinstance(head["target"], dict) else None
-    if not (isinstance(features, list) and all(isinstance(f, str) for f in features)):
-        return "its target has no list of features"
     for key in ("inputs", "outputs", "params"):
         rows = head[key]
         if not isinstance(rows, list) or (key != "params" and len(rows) != 1):
             return f"{key} is not a list of the right length"
-        for row in rows:
-            if not isinstance(row, dict) or set(row) != {"name", "dtype", "shape"}:
-                return f"an entry of {key} is not name, dtype and shape"
-            if not all(isinstance(row[k], str) for k in ("name", "dtype")) or not _is_shape(row["shape"]):
-                return f"an entry of {key} has a wrong type"
-    if not isinstance(head["arena_bytes"], int) or not isinstance(head["graph"], str):
-        return "arena_bytes or graph has a wrong type"
-    if not isinstance(head["versions"], dict):
-        return "versions is not an object"
+        if problem := _rows_problem(key, rows, {"codes"} if key == "outputs" else set()):
+            return problem
+    for key, kind in (("graph", str), ("versions", dict), ("files", dict), ("variants", list), ("constant", bool)):
+        if not isinstance(head[key], kind):
+            return f"{key} has a wrong type"
+    if not _is_shape([head["threads"]]):
+        return "threads has a wrong type"
+    if not head["variants"]:
+        return "it has no variants"
+    wanted: set[str] = set()
+    for variant in head["variants"]:
+        if problem := _variant_problem(variant, head["constant"]):
+            return problem
+        wanted |= {name for name in (variant["library"], variant["packed"]) if name is not None}
+    if set(head["files"]) != wanted or any(Path(name).name != name for name in wanted):
+        return f"its files are not just {', '.join(sorted(wanted))}"
     return None
+
+
+def _rows_problem(key: str, rows: list[Any], more: set[str]) -> str | None:
+    """What is wrong with the rows of inputs, outputs or params."""
+    for row in rows:
+        if not isinstance(row, dict) or set(row) != {"name", "dtype", "shape"} | more:
+            return f"an entry of {key} is not {', '.join(sorted({'name', 'dtype', 'shape'} | more))}"
+        if not all(isinstance(row[k], str) for k in {"name", "dtype"} | more) or not _is_shape(row["shape"]):
+            return f"an entry of {key} has a wrong type"
+    return None
+
+
+def _variant_problem(variant: Any, constant: bool) -> str | None:
+    """What is wrong with one entry of variants."""
+    if not isinstance(variant, dict) or set(variant) != VARIANT_KEYS:
+        return f"a variant is not {', '.join(sorted(VARIANT_KEYS))}"
+    features = variant["target"].get("features") if isinstance(variant["target"], dict) else None
+    if not (isinstance(features, list) and all(isinstance(f, str) for f in features)):
+        return "a target has no list of features"
+    if not isinstance(variant["library"], str) or isinstance(variant["packed"], str) != constant:
+        return "a variant's library or packed has a wrong type"
+    if not _is_shape([variant["arena_bytes"], variant["packed_bytes"]]):
+        return "arena_bytes or packed_bytes has a wrong type"
+    rows = variant["kernels"]
+    return None if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else "kernels has a wrong type"
 
 
 def _is_shape(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
 
 
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
 def load_artifact(folder: Path) -> Artifact:
-    """Check and load an artifact folder (docs/handovers.md).
+    """Check and load an artifact folder (docs/handovers.md): the first of its variants that this machine can run.
 
     Raises CompileError when a file is missing, damaged or edited, DeviceError when this machine cannot run it: an
     instruction set that its cpu lacks (checked before anything is loaded), or TVM absent or of another version.
     """
     folder = Path(folder)
     head = read_description(folder)
-    if lacking := missing_features(head["target"]["features"]):
-        name = head["target"].get("name")
-        raise DeviceError(
-            f"this machine's cpu lacks {', '.join(lacking)}, which target {name} needs: compile for another target"
-        )
-    if set(TILE_FEATURES) & set(head["target"]["features"]) and not request_tiles():
-        raise DeviceError(
-            "this system keeps AMX tiles from processes (Linux gives them from 5.16 on): "
-            "compile for target x86-64-avx512"
-        )
+    variant = _suited(head["variants"])
     _check_tvm(head["versions"])
-    library = read_bytes(folder / LIBRARY, "the artifact's file", CompileError)
-    if sha256(library) != head["files"][LIBRARY]:
-        raise CompileError(f"{folder / LIBRARY} changed while it was read: try again")
-    try:
-        return Artifact(head, _machine(library))
-    except (RuntimeError, ValueError, AttributeError, OSError) as e:
-        raise DeviceError(
-            f"{folder / LIBRARY} cannot be loaded ({_reason(e)}): compile the model on this machine"
-        ) from e
+    library = read_file(folder, head, variant["library"])
+    if not carries(library, identity(head, variant)):
+        raise CompileError(
+            f"{folder / variant['library']} was not made with this {DESCRIPTION}: fetch or compile the artifact again"
+        )
+    packed = read_file(folder, head, variant["packed"]) if head["constant"] else None
+    if packed is not None and len(packed) != variant["packed_bytes"]:
+        raise CompileError(f"{folder / variant['packed']} has another length than {DESCRIPTION} says: compile again")
+    return opened(head, variant, library, packed)
 
 
-def _machine(library: bytes) -> Any:
-    """A virtual machine of exactly these bytes.
+def _suited(variants: list[Description]) -> Description:
+    """The first variant that this machine can run; raises DeviceError that says what each lacks."""
+    reasons = []
+    for variant in variants:
+        name, features = variant["target"].get("name"), variant["target"]["features"]
+        if lacking := missing_features(features):
+            reasons.append(f"this machine's cpu lacks {', '.join(lacking)}, which target {name} needs")
+        elif set(TILE_FEATURES) & set(features) and not request_tiles():
+            reasons.append(f"this system keeps AMX tiles from processes (Linux gives them from 5.16 on), for {name}")
+        else:
+            return variant
+    raise DeviceError(f"{'; '.join(reasons)}: compile for another target")
 
-    They are loaded from a path of their own: for a path that it knows, dlopen gives back what was there before.
+
+def opened(head: Description, variant: Description, library: bytes, packed: bytes | None = None) -> Artifact:
+    """The artifact of exactly these bytes; raises DeviceError when they cannot be loaded.
+
+    They are loaded from a path of their own: for a path that it knows, dlopen gives back what was there before. Where
+    the environment does not say how many workers TVM starts in each thread that runs kernels, the artifact does.
     """
     import tvm
-    from tvm.runtime.vm import VirtualMachine
 
+    if head["threads"] > 1 and not any(name in os.environ for name in THREAD_VARIABLES):
+        os.environ["TVM_NUM_THREADS"] = str(head["threads"])  # TVM's own choice is half the processors
     with tempfile.TemporaryDirectory(prefix="qdeploy-") as folder:
-        path = Path(folder) / LIBRARY
+        path = Path(folder) / "lib.so"
         path.write_bytes(library)
-        return VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())
+        try:
+            return Artifact(head, variant, tvm.runtime.load_module(str(path)), packed)
+        except (RuntimeError, ValueError, AttributeError, OSError) as e:
+            raise DeviceError(
+                f"{variant['library']} cannot be loaded ({_reason(e)}): compile the model on this machine"
+            ) from e
 
 
 def _reason(e: Exception) -> str:

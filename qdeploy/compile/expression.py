@@ -26,6 +26,9 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
 FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "exp": np.exp, "log": np.log, "sqrt": np.sqrt, "tanh": np.tanh, "sigmoid": _sigmoid, "pow": np.power,
     "erf": np.vectorize(math.erf, otypes=[np.float64]), "softplus": lambda x: np.logaddexp(0, x),
+    "sin": np.sin, "cos": np.cos, "tan": np.tan, "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan,
+    "sinh": np.sinh, "cosh": np.cosh, "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh,
+    "floor": np.floor, "ceil": np.ceil, "round": np.rint, "sign": np.sign,
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.target import Target as TvmTarget
@@ -20,21 +20,24 @@ from qdeploy.target import (
 )  # fmt: skip
 
 TRIPLES = {"x86_64": "x86_64-linux-gnu"}
+OPT_LEVEL = 2  # LLVM's level 3 takes a third longer and makes longer code, which measured no faster
 
 
 @dataclass(frozen=True)
 class Dot:
     """How a target multiplies 4 unsigned by 4 signed bytes into each 32-bit lane.
 
-    `instruction`: vpdpbusd (one step), pmaddwd (bytes widened to 16 bits, two steps, exact) or none (plain multiplies).
+    `instruction`: vpdpbusd, or pmaddwd (bytes widened to 16 bits); every x86-64 processor has the latter.
     `lanes` output channels share a vector; `registers` vectors hold accumulators, weights and inputs. With `tiles` the
-    processor multiplies whole tiles too (AMX).
+    processor multiplies whole tiles too (AMX). `lookup` is how a vector of 4 * lanes bytes is looked up in a table of
+    256: vpermi2b (64 bytes among 128 entries at once), pshufb (among 16) or none (one by one).
     """
 
     instruction: str
     lanes: int
     registers: int
     tiles: bool = False
+    lookup: str = "none"
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def resolve(target: Target) -> Resolved:
 
 
 def _tvm_target(triple: str, cpu: str, features: list[str]) -> Any:
-    value: dict[str, Any] = {"kind": "llvm", "mtriple": triple, "mcpu": cpu}
+    value: dict[str, Any] = {"kind": "llvm", "mtriple": triple, "mcpu": cpu, "opt-level": OPT_LEVEL}
     if features:
         value["mattr"] = [f if f[0] in "+-" else f"+{f}" for f in features]
     return TvmTarget(value)
@@ -105,7 +108,14 @@ def _near(name: str, known: Any) -> str:
 
 
 def choose_dot(features: set[str]) -> Dot:
-    """The best exact byte dot product that `features` have."""
+    """The best exact byte dot product that `features` have, and their best way to look up bytes."""
+    dot = _multiply(features)
+    if dot.lanes == 16 and "avx512vbmi" in features:
+        return replace(dot, lookup="vpermi2b")
+    return replace(dot, lookup="pshufb" if "ssse3" in features else "none")
+
+
+def _multiply(features: set[str]) -> Dot:
     if {"avx512f", "avx512bw", "avx512vl", "avx512vnni"} <= features:
         return Dot("vpdpbusd", 16, 32, set(TILE_FEATURES) <= features)
     if {"avx512f", "avx512bw"} <= features:
@@ -114,4 +124,4 @@ def choose_dot(features: set[str]) -> Dot:
         return Dot("vpdpbusd", 8, 16)
     if "avx2" in features:
         return Dot("pmaddwd", 8, 16)
-    return Dot("none", 4, 16)
+    return Dot("pmaddwd", 4, 16)

@@ -1,167 +1,205 @@
-"""compile_model: a QDQ ONNX file becomes an artifact folder. PHASES is the whole pipeline."""
+"""compile_model: a QDQ ONNX file becomes an artifact folder.
+
+read_graph   ONNX -> integer graph                                   (read/)
+lower        integer graph -> kernels and calls                      (lower.py)
+plan         where activations lie in the arena                      (plan.py)
+entries      prepare, main, codes and profile as TIR                 (entry.py)
+library      codegen.PHASES, LLVM and the linker                     (codegen.py)
+"""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tvm
-from tvm import IRModule, relax
-from tvm.support import cc
+import numpy as np
 
-from qdeploy.compile.artifact import DESCRIPTION, FORMAT, LIBRARY
-from qdeploy.compile.graph import FLOAT_REASON, INTEGER, Graph
+from qdeploy.compile.artifact import DESCRIPTION, FORMAT, identity, opened
+from qdeploy.compile.codegen import library
+from qdeploy.compile.entry import arena_bytes, entry_functions
+from qdeploy.compile.fuse import parts
+from qdeploy.compile.graph import FLOAT_REASON, INTEGER, Graph, Op
+from qdeploy.compile.kernels.join import join_kernel
 from qdeploy.compile.llvm import Resolved, resolve
 from qdeploy.compile.lower import lower
+from qdeploy.compile.plan import Plan, plan
+from qdeploy.compile.program import Call, Program
 from qdeploy.compile.read.handlers import read_graph
-from qdeploy.errors import CompileError
+from qdeploy.errors import CompileError, DeviceError
 from qdeploy.files import canonical_json, new_folder, sha256, write_atomic
-from qdeploy.qdq import canonical_bytes, graph_digest, load_model, parse_model
-from qdeploy.target import Target
+from qdeploy.qdq import arrays, canonical_bytes, graph_digest, load_model, parse_model
+from qdeploy.target import Target, missing_features
 
-Pass = Any
-Phase = tuple[str, list[Callable[[], Pass]]]
-
-# Kernels arrive scheduled, so there is nothing to legalize, fold or fuse: constants there are none.
-PHASES: list[Phase] = [
-    ("1-calls", [relax.transform.CallTIRRewrite, relax.transform.RemovePurityChecking]),
-    ("2-memory", [relax.transform.StaticPlanBlockMemory]),
-    (
-        "3-vm",
-        [
-            relax.transform.LowerAllocTensor,
-            relax.transform.KillAfterLastUse,
-            relax.transform.LowerRuntimeBuiltin,
-            relax.transform.ComputePrimValue,
-            relax.transform.VMShapeLower,
-            relax.transform.AttachGlobalSymbol,
-        ],
-    ),
-]
-# Storage rewriting would merge the kernels' register buffers and take them from the heap again (emit.local).
-OPTIONS = {"tirx.disable_storage_rewrite": True}
-LINK_OPTIONS = ["-s", "-Wl,--build-id=none", "-Wl,-z,relro,-z,now"]  # no names of temporary files, no stamps
+NAMED = 12  # operators in float that are named one by one
+Description = dict[str, Any]
+Echo = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Built:
-    """A linked library and what its memory plan costs."""
+class Options:
+    """How to compile beside the target.
 
-    library: bytes
-    arena_bytes: int
+    threads: how many threads large layers are spread over; constant: the file's own parameters, packed, belong to the
+    artifact, which then runs without any; shape: the input's name and sizes, where the file leaves some open.
+    """
+
+    threads: int = 1
+    constant: bool = False
+    shape: tuple[str, tuple[int, ...]] | None = None
 
 
 def compile_model(
-    onnx_path: Path, target: Target, out: Path, force: bool = False, dump: Path | None = None,
-    echo: Callable[[str], None] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Write `out`/lib.so and `out`/artifact.json (docs/handovers.md); returns the latter's content.
+    onnx_path: Path, target: Target | Sequence[Target], out: Path, force: bool = False, dump: Path | None = None,
+    echo: Echo | None = None, options: Options | None = None,
+) -> Description:  # fmt: skip
+    """Write libraries and `out`/artifact.json (docs/handovers.md); returns the latter's content.
 
-    `dump` is a folder for the module after each phase. Raises ModelError for a damaged file, CompileError that lists
-    every operator without an integer kernel, or for a missing linker, RecipeError for a cpu or feature that LLVM does
-    not know, DeviceError when `out` exists (without `force`) or cannot be written. Equal input gives equal bytes.
+    Several targets, best first, give one artifact with a library each; loading it takes the first that the machine can
+    run. `dump` is a folder for the functions after each phase. Raises ModelError for a damaged file, CompileError that
+    lists every operator without an integer kernel, or for a missing linker, RecipeError for a cpu or feature that LLVM
+    does not know, DeviceError when `out` exists (without `force`) or cannot be written, or when `constant` needs a
+    target that this machine cannot run. Equal input gives equal bytes.
     """
-    say = echo or (lambda text: None)
-    resolved = resolve(target)
+    say, options = echo or (lambda text: None), options or Options()
+    targets = [resolve(one) for one in ([target] if isinstance(target, Target) else target)]
+    if options.constant:
+        check_runs_here(targets)
     data, model = load_model(Path(onnx_path))
-    graph = read_graph(parse_model(canonical_bytes(model), str(onnx_path)))
-    say(f"{len(graph.ops)} operators, {len(graph.params)} parameters, for {resolved.cpu} ({resolved.dot.instruction})")
+    parsed = parse_model(canonical_bytes(model), str(onnx_path))
+    graph = read_graph(parsed, options.shape)
+    say_floats(graph, say)
     with new_folder(Path(out), force) as folder:
-        built = build(graph, resolved, dump)
-        description = describe(graph, resolved, built, graph_digest(data))
-        write_atomic(folder / LIBRARY, built.library)
-        write_atomic(folder / DESCRIPTION, canonical_json(description))
-    say(f"{len(built.library)} bytes of code, {built.arena_bytes} bytes of arena")
-    return description
+        head = describe(graph, targets, graph_digest(data), options)
+        for resolved in targets:
+            counts = f"{len(graph.ops)} operators, {len(graph.params)} parameters"
+            say(f"{counts}, for {resolved.cpu} ({resolved.dot.instruction})")
+            name = f"-{resolved.target.name}" if len(targets) > 1 else ""
+            code, variant = build(graph, resolved, head, f"lib{name}.so", dump and Path(dump) / name.strip("-"))
+            add_file(folder, head, variant["library"], code)
+            head["variants"].append(variant)
+            say(f"{len(code)} bytes of code, {variant['arena_bytes']} bytes of arena")
+        write_atomic(folder / DESCRIPTION, canonical_json(head))
+        if options.constant:
+            store_packed(folder, head, arrays(parsed))
+    return head
 
 
-def build(graph: Graph, resolved: Resolved, dump: Path | None = None) -> Built:
-    """Run PHASES, generate code and link it; raises CompileError."""
+def say_floats(graph: Graph, say: Echo) -> None:
+    """Name what runs in float, and why; artifact.json has all of it."""
+    nodes = [node for op in graph.ops if op.region is not None for node in op.region.nodes]
+    for kind, name, why in nodes[:NAMED]:
+        say(f"in float: {kind} {name}: {why}")
+    if len(nodes) > NAMED:
+        say(f"in float: {len(nodes) - NAMED} operators more")
+
+
+def build(
+    graph: Graph, resolved: Resolved, head: Description, name: str, dump: Path | None = None
+) -> tuple[bytes, Description]:
+    """The library for one target and its entry of artifact.json; raises CompileError."""
     try:
-        module = lower(graph, resolved.dot)
-        write_dump(dump, "0-relax", module)
-        arena = 0
-        with resolved.tvm, tvm.transform.PassContext(opt_level=3, config=OPTIONS):
-            for name, passes in PHASES:
-                module = tvm.transform.Sequential([make() for make in passes])(module)
-                write_dump(dump, name, module)
-                if name == "2-memory":
-                    arena = planned_bytes(module["main"])
-            executable = relax.build(module, target=resolved.tvm, relax_pipeline=None)
-        return Built(link(executable), arena)
+        program = lower(graph, resolved.dot, head["threads"])
+        memory = plan(program.values, program.lives())
+        variant = {
+            "library": name,
+            "target": target_json(resolved),
+            "arena_bytes": arena_bytes(memory),
+            "packed_bytes": program.packed_bytes,
+            "packed": name.replace("lib", "packed").replace(".so", ".bin") if head["constant"] else None,
+            "kernels": kernel_rows(program),
+        }
+        if dump is not None:
+            write_atomic(dump / "0-calls.txt", calls_text(program, memory).encode())
+        entries = entry_functions(graph, program, memory) | {"join": join_kernel("join", resolved.features)}
+        return library(program.kernels, entries, resolved.tvm, identity(head, variant), dump), variant
     except (RuntimeError, ValueError, TypeError) as e:
         reason = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
         raise CompileError(f"TVM cannot compile this model for {resolved.target.name}: {reason}") from e
 
 
-def write_dump(folder: Path | None, phase: str, module: IRModule) -> None:
-    """The module as text, for people."""
-    if folder is not None:
-        write_atomic(Path(folder) / f"{phase}.txt", module.script().encode())
+def calls_text(program: Program, memory: Plan) -> str:
+    """The program for people: each call with its arguments, then the memory plan."""
+
+    def line(call: Call) -> str:
+        return f"{call.kernel}({', '.join(f'{place.area}:{place.at}' for place in call.args)})"
+
+    parts = [
+        ("prepare", program.prepare), ("image", program.body), ("main", program.way_out), ("codes", program.codes_out),
+    ]  # fmt: skip
+    lines = [f"{name}:\n" + "\n".join(f"  {line(call)}" for call in calls) for name, calls in parts]
+    rows = sorted(memory.offsets.items(), key=lambda row: (row[1], row[0]))
+    lines.append(f"arena: {memory.bytes} bytes, by size {memory.by_size}, bound {memory.bound}")
+    return "\n".join([*lines, *(f"  {offset:>10} {name}" for name, offset in rows)]) + "\n"
 
 
-def planned_bytes(function: Any) -> int:
-    """Bytes of all storages that the memory plan allocates for one run, the output included."""
-    total = 0
-
-    def visit(expr: Any) -> None:
-        nonlocal total
-        if not isinstance(expr, relax.Call) or not isinstance(expr.op, tvm.ir.Op):
-            return
-        if expr.op.name in ("relax.memory.alloc_storage", "relax.vm.alloc_storage"):
-            total += int(expr.args[0].values[0])
-        elif expr.op.name == "relax.builtin.alloc_tensor":
-            size = 1
-            for n in expr.args[0].values:
-                size *= int(n)
-            total += size * tvm.DataType(str(expr.args[1].value)).itemsize
-
-    relax.analysis.post_order_visit(function, visit)
-    return total
+# What this machine must be able to run ------------------------------------------------------------------------------
 
 
-def link(executable: Any) -> bytes:
-    """The shared library of an executable; raises CompileError when there is no linker."""
-    compiler = cc.get_cc()
-    if compiler is None or shutil.which(compiler) is None:
-        raise CompileError("linking needs a C++ compiler: install one (Debian: apt install g++) or set CXX")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / LIBRARY
-        try:
-            executable.export_library(str(path), workspace_dir=folder, cc=compiler, options=LINK_OPTIONS)
-        except (RuntimeError, subprocess.SubprocessError, OSError) as e:
-            reason = next((line for line in str(e).splitlines() if "error" in line.lower()), str(e).strip()[:200])
-            raise CompileError(f"{compiler} cannot link the library: {reason}") from e
-        return path.read_bytes()
+def check_runs_here(targets: Sequence[Resolved]) -> None:
+    """Raise DeviceError for a target whose code this machine cannot run, so cannot pack parameters for either."""
+    for resolved in targets:
+        if lacking := missing_features(resolved.features):
+            raise DeviceError(
+                f"packing constants runs the code of target {resolved.target.name}, but this machine's cpu lacks "
+                f"{', '.join(lacking)}: compile on a machine that has them, or without --constant"
+            )
 
 
-def describe(graph: Graph, resolved: Resolved, built: Built, digest: str) -> dict[str, Any]:
-    """The content of artifact.json."""
-    target = resolved.target
+def add_file(folder: Path, head: Description, name: str, data: bytes) -> None:
+    """Write a file of the artifact and its digest."""
+    write_atomic(folder / name, data)
+    head["files"][name] = sha256(data)
+
+
+def store_packed(folder: Path, head: Description, values: Mapping[str, np.ndarray]) -> None:
+    """Pack `values` with each library and write the results beside them."""
+    for variant in head["variants"]:
+        packed = opened(head, variant, (folder / variant["library"]).read_bytes()).prepare(values)
+        add_file(folder, head, variant["packed"], packed.tensor.numpy().tobytes())
+    write_atomic(folder / DESCRIPTION, canonical_json(head))
+
+
+# artifact.json -------------------------------------------------------------------------------------------------------
+
+
+def describe(graph: Graph, targets: Sequence[Resolved], digest: str, options: Options) -> Description:
+    """artifact.json before its variants and files are known."""
+    least = target_json(targets[-1])
     return {
         "format": FORMAT,
         "graph": digest,
-        "target": {
-            "name": target.name,
-            "arch": target.arch,
-            "kind": target.kind,
-            "cpu": resolved.cpu,
-            "features": list(resolved.features),
-            "dot": resolved.dot.instruction,
-        },
+        "target": least if len(targets) == 1 else least | {"name": "auto"},
+        "threads": options.threads,
+        "constant": options.constant,
         "inputs": [{"name": graph.input, "dtype": "float32", "shape": list(graph.input_shape)}],
-        "outputs": [{"name": graph.output_name, "dtype": "float32", "shape": list(graph.output_shape)}],
+        "outputs": [
+            {
+                "name": graph.output_name,
+                "dtype": "float32",
+                "codes": graph.coded or "",
+                "shape": list(graph.output_shape),
+            }
+        ],
         "params": [{"name": p.name, "dtype": p.dtype, "shape": list(p.shape)} for p in graph.params],
-        "arena_bytes": built.arena_bytes,
-        "kernels": kernels(graph),
+        "variants": [],
         "versions": {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi")} | {"qdeploy": qdeploy_version()},
-        "files": {LIBRARY: sha256(built.library)},
+        "files": {},
+    }
+
+
+def target_json(resolved: Resolved) -> Description:
+    """A target as artifact.json has it."""
+    target = resolved.target
+    return {
+        "name": target.name,
+        "arch": target.arch,
+        "kind": target.kind,
+        "cpu": resolved.cpu,
+        "features": list(resolved.features),
+        "dot": resolved.dot.instruction,
     }
 
 
@@ -172,20 +210,38 @@ def qdeploy_version() -> str:
     return str(qdeploy.__version__)
 
 
-def kernels(graph: Graph) -> list[dict[str, Any]]:
-    """One row an operator: what it is, shapes, and whether its arithmetic is integer, or float and why."""
-    rows = []
-    for op in graph.ops:
-        row: dict[str, Any] = {
-            "name": op.name,
-            "operator": op.kind,
-            "inputs": [list(graph.tensors[operand.tensor].shape) for operand in op.inputs],
-            "output": list(graph.tensors[op.output].shape),
-            "arithmetic": INTEGER.get(op.kind, "float"),
-        }
-        if op.kind in FLOAT_REASON:
-            row["reason"] = FLOAT_REASON[op.kind]
-        if op.kind == "conv":
-            row["kernel"], row["groups"] = list(op.window.kernel), op.groups
-        rows.append(row)
+def kernel_rows(program: Program) -> list[Description]:
+    """One row an operator, then the way out: shapes, functions in call order, whether its arithmetic is integer."""
+    rows = [operator_row(program.graph, op) for op in program.graph.ops]
+    for op, row in zip(program.graph.ops, rows, strict=True):
+        calls = [call for call in program.body if call.op == op.output]  # of a constant there are none
+        row |= {"functions": [call.kernel for call in calls], "bytes": sum(call.bytes for call in calls)}
+    for call in program.way_out:
+        label = call.kernel.rpartition("_")[0]
+        shape = list(program.graph.shape_of(program.graph.result))
+        row = {"name": label, "operator": label, "inputs": [shape], "output": shape}
+        row |= {"arithmetic": "float", "reason": "the output is float32", "bytes": call.bytes}
+        rows.append(row | {"functions": [call.kernel]})
     return rows
+
+
+def operator_row(graph: Graph, op: Op) -> Description:
+    """What an operator is, and why where it is not integer."""
+    row: Description = {
+        "name": op.name,
+        "operator": op.kind,
+        "inputs": [list(graph.shape_of(name)) for name in op.reads],
+        "output": list(graph.shape_of(op.output)),
+        "arithmetic": INTEGER.get(op.kind, "float"),
+    }
+    if op.kind in FLOAT_REASON:
+        row["reason"] = FLOAT_REASON[op.kind]
+    if op.region is not None:
+        reasons = dict.fromkeys(f"{kind}: {why}" for kind, _, why in op.region.nodes)
+        row["reason"] = "; ".join([*reasons][:3]) + (" and others" if len(reasons) > 3 else "")
+        row["nodes"] = [{"operator": kind, "name": name, "reason": why} for kind, name, why in op.region.nodes]
+    if len(found := parts(op)) > 1:
+        row["fused"] = [part.name for part in found]
+    if op.kind == "conv":
+        row["kernel"], row["groups"] = list(op.window.kernel), op.groups
+    return row

@@ -7,13 +7,14 @@ docs/integers.md is the prose of both. Codes are uint8 [C, H, W]; float32 operat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from qdeploy.compile.expression import evaluate
-from qdeploy.compile.graph import Graph, Op, Operand, Quantizer, Tensor, Weights, Window
+from qdeploy.compile.graph import Graph, Op, Operand, Quantizer, RealParam, Region, Tensor, Weights, Window, swapped
 from qdeploy.errors import CompileError
+from qdeploy.integer import Affine, added, multiplied
 
 SHIFT = 128  # int8 codes + 128 are uint8 codes
 F32 = np.float32
@@ -44,31 +45,50 @@ class Evaluator:
         self.graph, self.params = graph, params
 
     def codes(self, x: np.ndarray) -> dict[str, np.ndarray]:
-        """Codes of every tensor for one input, float32 of the graph's input shape."""
-        found: dict[str, np.ndarray] = {}
+        """Codes of every tensor, and values of every float tensor, for one image, float32 [1, ...]."""
+        found: dict[str, np.ndarray] = {self.graph.input: np.asarray(x, F32)}
         for op in self.graph.ops:
             handler: Callable[[Op, list[np.ndarray]], np.ndarray] | None = {
                 "conv": self._conv, "max_pool": self._max_pool, "average_pool": self._average_pool,
                 "concat": self._concat, "move": self._move, "constant": self._constant, "softmax": self._softmax,
+                "shuffle": self._shuffle, "insert": self._insert,
             }.get(op.kind)  # fmt: skip
+            if op.region is not None:
+                found |= self._region(op.region, found)
+                continue
+            if op.kind in ("dequantize", "codes"):
+                codes = found[op.inputs[0].tensor]
+                real = self._real(op.inputs[0], codes) if op.kind == "dequantize" else _own(codes, op.inputs[0])
+                found[op.output] = real.reshape(self.graph.floats[op.output].shape)
+                continue
             if op.kind == "quantize":
                 grid = self.grid(self.graph.tensors[op.output].quantizer)
-                real = np.asarray(x, F32).reshape(self.graph.tensors[op.output].shape)
+                real = found[op.source or self.graph.input].reshape(self.graph.tensors[op.output].shape)
                 found[op.output] = grid.codes(real / grid.scale)
             else:
                 inputs = [found[operand.tensor] for operand in op.inputs]
                 found[op.output] = (handler or self._elementwise)(op, inputs)
+                if op.then is not None:
+                    own = {op.then.tensor: found[op.output]} | found
+                    inputs = [own[operand.tensor] for operand in op.then.op.inputs]
+                    found[op.output] = self._elementwise(op.then.op, inputs)
             assert found[op.output].shape == self.graph.tensors[op.output].shape, op.name
         return found
 
     def output(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The network's float32 output, and its codes before the last step, in the file's own dtype."""
-        graph = self.graph
-        codes = self.codes(x)[graph.output.tensor]
-        grid = self.grid(graph.output.grid)
-        real = self._probabilities(codes, grid) if graph.softmax else grid.real(codes)
-        own = (codes.astype(np.int32) - SHIFT).astype(np.int8) if graph.output.grid.signed else codes
+        """The network's float32 output for a batch, and its codes before the last step, in the file's own dtype."""
+        graph, images = self.graph, [self._output(image[None]) for image in np.asarray(x, F32)]
+        real, own = (np.concatenate([image[i].reshape(-1) for image in images]) for i in (0, 1))
         return real.reshape(graph.output_shape), own.reshape(graph.output_shape)
+
+    def _output(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """One image's output and its codes; a float tensor has none, so it stands for them."""
+        operand, found = self.graph.output, self.codes(image)
+        if isinstance(operand, str):
+            return found[operand], found[operand]
+        codes, grid = found[operand.tensor], self.grid(operand.grid)
+        real = self._probabilities(codes, grid) if self.graph.softmax else grid.real(codes)
+        return real, _own(codes, operand)
 
     def grid(self, quantizer: Quantizer) -> Grid:
         """Values of a quantizer, its bounds included."""
@@ -95,9 +115,17 @@ class Evaluator:
     # operators
 
     def _elementwise(self, op: Op, inputs: list[np.ndarray]) -> np.ndarray:
+        if op.steps:
+            found = {op.inputs[0].tensor: inputs[0]}
+            for step in op.steps:
+                found[step.output] = self._elementwise(step, [found[operand.tensor] for operand in step.inputs])
+            return found[op.output]
+        target = self._target(op)
+        shape = np.broadcast_shapes(*(codes.shape for codes in inputs))
         if op.term is None:
             raise CompileError(f"operator {op.name}: {op.kind} has no definition")
-        target = self._target(op)
+        if op.kind in ("add", "mul"):
+            return np.broadcast_to(self._pair(op, inputs), shape)
         if op.table is not None:
             grid = self.grid(op.inputs[0].grid)
             if (float(grid.scale), grid.zero_point) != (op.table.scale, op.table.zero_point):
@@ -106,11 +134,29 @@ class Evaluator:
         else:
             reals = [self._real(operand, codes) for operand, codes in zip(op.inputs, inputs, strict=True)]
             real = evaluate(op.term, reals)
-        return np.broadcast_to(target.codes(real / target.scale), self.graph.tensors[op.output].shape)
+        return np.broadcast_to(target.codes(real / target.scale), shape)
+
+    def _pair(self, op: Op, inputs: list[np.ndarray]) -> np.ndarray:
+        """A sum or product of two activations, on the file's own codes."""
+        target, signed = self._target(op), self.graph.tensors[op.output].quantizer.signed
+        quantizers = [operand.grid for operand in op.inputs]
+        shifts = [SHIFT if q.signed else 0 for q in quantizers]
+        codes = [x.astype(np.int32) - shift for x, shift in zip(inputs, shifts, strict=True)]
+        grids: list[Affine] = [
+            (self.grid(q).scale, self.grid(q).zero_point - shift) for q, shift in zip(quantizers, shifts, strict=True)
+        ]
+        shift = SHIFT if signed else 0
+        own = (target.scale, target.zero_point - shift)
+        if op.kind == "mul":
+            real = multiplied(codes[0], codes[1], grids[0], grids[1], own)
+        else:
+            first, second = (1, 0) if swapped(inputs[0].shape, inputs[1].shape) else (0, 1)
+            real = added(codes[first], codes[second], grids[first], grids[second], own)
+        return np.clip(np.rint(real) + F32(shift), target.low, target.high).astype(np.uint8)
 
     def _conv(self, op: Op, inputs: list[np.ndarray]) -> np.ndarray:
         assert op.weights is not None
-        source, target = self.grid(op.inputs[0].grid), self._target(op)
+        source, target = self.grid(op.inputs[0].grid), self.grid(self.graph.tensors[op.own].quantizer)
         weight, scale = self._weight(op.weights)
         weight = weight.reshape(op.weights.channels, -1, *op.window.kernel)
         x = pad(inputs[0].astype(np.int64) - source.zero_point, op.window, 0)
@@ -130,7 +176,9 @@ class Evaluator:
 
     def _weight(self, w: Weights) -> tuple[np.ndarray, np.ndarray]:
         """Weights [O, ...] without their zero point, and one float32 scale an output channel."""
-        stored = self.params[w.weight].T if w.transposed else self.params[w.weight]
+        stored = self.params[w.weight].T if w.order == "matmul" else self.params[w.weight]
+        if w.order == "transposed conv":
+            stored = self._flipped(stored, w.channels)
         column = (-1, *(1,) * (stored.ndim - 1))
         scale = np.broadcast_to(self.params[w.scale].reshape(-1), w.channels)
         zero = self.params[w.zero_point] if w.zero_point is not None else np.zeros(1)
@@ -138,7 +186,20 @@ class Evaluator:
         if stored.dtype == np.float32:
             low = -SHIFT if w.signed else 0
             stored = np.clip(np.rint(stored / scale.reshape(column)) + zeros.astype(F32), low, low + 255)
+        bounds = [None if name is None else self.params[name].reshape(()) for name in (w.clip_min, w.clip_max)]
+        if bounds[0] is not None:
+            stored = np.maximum(stored, bounds[0])
+        if bounds[1] is not None:
+            stored = np.minimum(stored, bounds[1])
         return stored.astype(np.int64) - zeros, scale
+
+    def _flipped(self, stored: np.ndarray, channels: int) -> np.ndarray:
+        """[I, O/groups, ...] -> [O, I/groups, ...], back to front in each spatial axis."""
+        inputs, each = stored.shape[:2]
+        groups = channels // each
+        parts = stored.reshape(groups, inputs // groups, each, *stored.shape[2:]).swapaxes(1, 2)
+        whole = parts.reshape(channels, inputs // groups, *stored.shape[2:])
+        return np.flip(whole, tuple(range(2, stored.ndim)))
 
     def _bias(self, w: Weights, unit: np.ndarray) -> np.ndarray:
         """int64 in units of s_x * s_w; a bias in a unit of its own is converted in float64."""
@@ -164,8 +225,8 @@ class Evaluator:
 
     def _average_pool(self, op: Op, inputs: list[np.ndarray]) -> np.ndarray:
         source, target, shape = self.grid(op.inputs[0].grid), self._target(op), self.graph.tensors[op.output].shape
-        x = pad(inputs[0].astype(np.int64) - source.zero_point, op.window, 0)
-        there = pad(np.ones_like(inputs[0], np.int64), op.window, int(op.count_padding))
+        x = pad(inputs[0].astype(np.int64) - source.zero_point, op.window, 0, shape[1:])
+        there = pad(np.ones_like(inputs[0], np.int64), op.window, int(op.count_padding), shape[1:])
         acc, area = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         for i in range(op.window.kernel[0]):
             for j in range(op.window.kernel[1]):
@@ -189,10 +250,58 @@ class Evaluator:
                     out[:, h, w] = inputs[0][:, row, column]
         return out
 
+    def _insert(self, op: Op, inputs: list[np.ndarray]) -> np.ndarray:
+        shape = self.graph.tensors[op.output].shape
+        out = np.full(shape, self._target(op).zero_point, np.uint8)
+        (down, across), (top, left) = op.window.stride, op.window.padding[:2]
+        for h in range(inputs[0].shape[1]):
+            for w in range(inputs[0].shape[2]):
+                row, column = h * down + top, w * across + left
+                if 0 <= row < shape[1] and 0 <= column < shape[2]:
+                    out[:, row, column] = inputs[0][:, h, w]
+        return out
+
+    def _shuffle(self, op: Op, inputs: list[np.ndarray]) -> np.ndarray:
+        assert op.shuffle is not None
+        places = np.full(op.shuffle.sizes, op.shuffle.offset)
+        for axis, step in enumerate(op.shuffle.steps):
+            places += np.indices(op.shuffle.sizes, sparse=True)[axis] * step
+        return inputs[0].reshape(-1)[places].reshape(self.graph.tensors[op.output].shape)
+
+    def _region(self, region: Region, found: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs of a float region; ONNX's reference evaluator may differ from other runtimes in the last bits."""
+        from onnx import ModelProto
+        from onnx.reference import ReferenceEvaluator
+
+        model = ModelProto.FromString(region.model)
+        values = [found[name] for name in region.inputs] + [self._parameter(param) for param in region.params]
+        feeds = dict(zip((info.name for info in model.graph.input), values, strict=True))
+        return dict(zip(region.outputs, ReferenceEvaluator(model).run(None, feeds), strict=True))
+
+    def _parameter(self, param: RealParam) -> np.ndarray:
+        stored = self.params[param.stored]
+        if param.turned:
+            return self._parameter(replace(param, turned=False)).T
+        if param.scale is None:
+            return stored
+        column = [-1 if i == param.axis % max(1, stored.ndim) else 1 for i in range(stored.ndim)]
+
+        def along(values: np.ndarray) -> np.ndarray:
+            return values.reshape(()) if values.size == 1 else values.reshape(column)
+
+        codes = stored.astype(np.int32)
+        if param.zero_point is not None:
+            codes = codes - along(self.params[param.zero_point].astype(np.int32))
+        return codes.astype(F32) * along(self.params[param.scale])
+
     def _constant(self, op: Op, inputs: list[np.ndarray]) -> np.ndarray:
         assert op.stored is not None
         tensor: Tensor = self.graph.tensors[op.output]
-        codes = self.params[op.stored].astype(np.int32) + (SHIFT if tensor.quantizer.signed else 0)
+        stored = self.params[op.stored]
+        if stored.dtype == F32:
+            grid = self.grid(tensor.quantizer)
+            return grid.codes(stored / grid.scale).reshape(tensor.shape)
+        codes = stored.astype(np.int32) + (SHIFT if tensor.quantizer.signed else 0)
         return codes.reshape(tensor.shape).astype(np.uint8)
 
     def _softmax(self, op: Op, inputs: list[np.ndarray]) -> np.ndarray:
@@ -206,6 +315,11 @@ class Evaluator:
         for part in parts:  # in the order of channels
             total = total + part
         return (parts / total).astype(F32)
+
+
+def _own(codes: np.ndarray, operand: Operand) -> np.ndarray:
+    """Codes as the file has them."""
+    return (codes.astype(np.int32) - SHIFT).astype(np.int8) if operand.grid.signed else codes
 
 
 def exponentials(scale: np.float32) -> np.ndarray:

@@ -115,7 +115,8 @@ def _parameters(graph: Graph, net: FrozenNet, node: Node) -> list[str]:
     input_scale = np.float32(net.activations[node.inputs[0]].quantizer.scale)
     w = graph.store(f"{node.name}.weight", weight)
     s = graph.store(f"{node.name}.weight_scale", scale)
-    z = graph.store(f"{node.name}.weight_zero_point", np.zeros(len(scale), np.int8))
+    zero_point = net.tensors.get(f"{node.name}.weight_zero_point", np.int8(0))  # absent: symmetric weights
+    z = graph.store(f"{node.name}.weight_zero_point", np.full(len(scale), zero_point, np.int8))
     b = graph.store(f"{node.name}.bias", bias)
     bs = graph.store(f"{node.name}.bias_scale", input_scale * scale)
     return [

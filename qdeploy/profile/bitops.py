@@ -71,18 +71,24 @@ def layer_bitops(graph: Graph, values: Mapping[str, np.ndarray]) -> list[LayerBi
     return rows
 
 
-def read_values(onnx_path: Path) -> tuple[Graph, dict[str, np.ndarray]]:
-    """Integer graph and initializers of a file; raises ModelError or CompileError."""
+Sizes = tuple[str, tuple[int, ...]]  # an input's name and shape
+
+
+def read_values(onnx_path: Path, shape: Sizes | None = None) -> tuple[Graph, dict[str, np.ndarray]]:
+    """Integer graph and initializers of a file, for an input of `shape` where it leaves sizes open.
+
+    Raises ModelError or CompileError.
+    """
     model = parse_model(canonical_bytes(load_model(Path(onnx_path))[1]), str(onnx_path))
-    return read_graph(model), arrays(model)
+    return read_graph(model, shape), arrays(model)
 
 
-def bitops(onnx_path: Path) -> dict[str, Any]:
+def bitops(onnx_path: Path, shape: Sizes | None = None) -> dict[str, Any]:
     """{"layers": [...], "total": {...}} of a file; every figure is predicted (counted, not measured).
 
-    `complexity` is the papers' FLOPs(float layers) + BitOPs / 64; no layer of a compiled network is float.
+    `complexity` is the papers' BitOPs / 64 of integer layers; those in float regions are not counted.
     """
-    layers = layer_bitops(*read_values(onnx_path))
+    layers = layer_bitops(*read_values(onnx_path, shape))
     total = sum(layer.bitops for layer in layers)
     cost = Cost.build(
         [

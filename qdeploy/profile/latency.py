@@ -119,7 +119,7 @@ def summary(times: np.ndarray) -> dict[str, Any]:
 
 
 def latency(artifact: Path, onnx_path: Path, repeats: int = 30) -> dict[str, Any]:
-    """Time both runtimes on one image of noise, batch 1, one thread.
+    """Time both runtimes on one batch of noise; ONNX Runtime on one thread.
 
     {"artifact", "onnxruntime"}: median and quartiles over `repeats` rounds in ms; "ratio": artifact over ONNX Runtime,
     of the medians, with the quartiles of the rounds' own ratios (below 1: the artifact is faster);

@@ -18,9 +18,10 @@ def memory(graph: Graph, values: Mapping[str, np.ndarray], arena_bytes: int, pac
     weight_containers  the same in one byte a code, as runtimes hold them
     side_tensors       everything else that belongs to a level: scales, zero points, biases, bounds
     packed             what the artifact holds of a level in memory (layout padding and folded parameters included)
-    arena              activations by the memory plan, from artifact.json; the output included, the input not
+    arena              activations by the memory plan, from artifact.json; neither the network's input nor its output
     workspace          0: kernels keep their accumulators in registers and on the stack
-    peak               packed + arena + workspace; while a level is swapped, packed counts twice
+    peak               packed + arena + workspace; while a level is swapped, packed counts twice, and every thread that
+                       runs at the same time has an arena
     """
     layers = layer_bitops(graph, values)
     names = {op.weights.weight for op in graph.ops if op.weights is not None}

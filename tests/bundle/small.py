@@ -81,14 +81,20 @@ def write_artifact(folder: Path, graph: str, target: str = "host", library: byte
     folder.mkdir()
     (folder / "lib.so").write_bytes(library)
     head = {
-        "format": "qdeploy-artifact/1",
+        "format": "qdeploy-artifact/2",
         "graph": graph,
         "target": {"name": target, "arch": "x86_64", "cpu": "x86-64-v3", "features": ["avx2"]},
         "inputs": [{"name": "input", "dtype": "float32", "shape": [1, 6]}],
         "outputs": [{"name": "output", "dtype": "float32", "shape": [1, 8]}],
         "params": [{"name": "w.weight", "dtype": "int8", "shape": [6, 8]}],
-        "arena_bytes": 64,
-        "kernels": [{"operator": "matmul", "shapes": "6x8", "integer": True}],
+        "variants": [
+            {
+                "library": "lib.so",
+                "target": {"name": target, "features": ["avx2"]},
+                "arena_bytes": 64,
+                "kernels": [{"operator": "matmul", "shapes": "6x8", "integer": True}],
+            }
+        ],
         "versions": {"tvm": "0"},
         "files": {"lib.so": sha256(library)},
     }

@@ -12,7 +12,7 @@ import pytest
 from qdeploy.bundle.store import assemble
 from qdeploy.client.fetch import Patience
 from qdeploy.client.pull import climb, pull
-from qdeploy.client.runtime import LevelRunner, run
+from qdeploy.client.runtime import LevelRunner, in_batches, run
 from qdeploy.client.state import DeviceFolder
 from qdeploy.errors import BundleError, DataError, DeviceError, FetchError
 from qdeploy.serve.app import serving
@@ -54,6 +54,19 @@ def test_every_level_answers_as_the_integer_reference(real: RealRelease, url: st
     assert runner.levels_held == list(LEVELS)
     runner.drop("w2")
     np.testing.assert_array_equal(runner.run(real.images), real.outputs["w2"])
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_a_model_with_a_batch_takes_any_number_of_images(size: int) -> None:
+    images = np.arange(4 * 2, dtype=np.float32).reshape(4, 2)
+    seen: list[int] = []
+
+    def run_batch(x: np.ndarray) -> np.ndarray:
+        seen.append(len(x))
+        return x.sum(1, keepdims=True)
+
+    np.testing.assert_array_equal(in_batches(run_batch, images, size), images.sum(1, keepdims=True))
+    assert set(seen) == {size} and len(seen) == -(-4 // size)
 
 
 def test_forms_of_input(real: RealRelease, url: str, dev: Path) -> None:

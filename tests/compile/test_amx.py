@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tvm import tirx
+from tvm.sym.analyzer import Analyzer
 
 from qdeploy.compile.artifact import load_artifact
 from qdeploy.compile.graph import Window
+from qdeploy.compile.kernels import tiles
 from qdeploy.compile.kernels.layout import SLACK, Layout
 from qdeploy.compile.kernels.spec import TILE_QUADS, TILE_ROWS, ConvSpec
-from qdeploy.compile.kernels.tiles import tile_rows
+from qdeploy.compile.kernels.tiles import pairs_of, tile_rows
 from qdeploy.compile.llvm import Dot, resolve
 from qdeploy.compile.pipeline import compile_model
 from qdeploy.errors import DeviceError
 from qdeploy.export.write import qdq_bytes
 from qdeploy.target import load_target, missing_features
+from tests.compile.kernels import target_of
+from tests.compile.test_conv import check, kernels_of
+from tests.compile.test_conv import spec_of as spec_of_shape
 from tests.nets_frozen import ladder_of
 
 TARGET = load_target(Path(__file__).parents[2] / "targets" / "x86-64-amx.toml")
@@ -36,12 +44,53 @@ def test_a_tile_never_reads_behind_the_slack() -> None:
         assert 0 <= 4 * spec.quads - spec.taps * spec.inputs <= SLACK
 
 
-def test_rows_of_a_tile_fill_it() -> None:
-    for pixels in range(1, 300):
-        rows = tile_rows(pixels)
-        assert 1 <= rows <= min(TILE_ROWS, pixels)
-        assert -(-pixels // rows) * (rows + 1.5) <= -(-pixels // min(TILE_ROWS, pixels)) * (TILE_ROWS + 1.5)
-    assert tile_rows(56) == 14 and tile_rows(7) == 7 and tile_rows(3136) == 16
+def test_pairs_of_tiles_cover_every_pixel() -> None:
+    for height, width in [(1, 2), (2, 1), (1, 17), (7, 7), (5, 16), (3, 17), (4, 33), (56, 56), (9, 3)]:
+        for kernel in (1, 3):
+            layout = Layout(64, height, width, (kernel // 2,) * 4)
+            window = Window((kernel, kernel), (1, 1), (kernel // 2,) * 4)
+            spec = ConvSpec(layout, Layout(8, height, width, (0, 1, 0, 0)), window, 1, DOT)
+            pairs = pairs_of(spec)
+            assert 1 <= pairs.rows <= TILE_ROWS
+            seen: list[int] = []
+            for i in range(pairs.count):
+                for run in range(2):
+                    seen += [constant(base) + offset for base, offset in pairs.outputs(i, run, 0, pairs.rows)]
+            assert set(seen) == {spec.y.at(h, w) for h in range(height) for w in range(width)}
+            assert pairs.even == (len(seen) == height * width)
+    assert tile_rows(56) == 14 and tile_rows(3136) == 16
+
+
+def constant(value: object) -> int:
+    """A TIR expression without variables."""
+    return int(Analyzer().simplify(tirx.convert(value)))
+
+
+SHAPES = [
+    (64, 40, 1, 7, 7, Window((1, 1)), (0, 0, 0, 0)),
+    (80, 96, 1, 5, 9, Window((1, 1)), (1, 1, 1, 1)),
+    (64, 40, 1, 7, 7, Window((1, 1)), (1, 2, 0, 1)),
+    (64, 16, 1, 5, 3, Window((1, 1)), (1, 0, 0, 1)),
+    (24, 33, 1, 9, 16, Window((3, 3), (1, 1), (1, 1, 1, 1)), (0, 0, 0, 0)),
+    (3, 32, 1, 11, 40, Window((3, 3), (2, 2), (1, 1, 1, 1)), (0, 1, 0, 0)),
+    (72, 16, 1, 1, 5, Window((3, 3), (1, 1), (1, 1, 1, 1)), (0, 0, 0, 0)),
+    (260, 48, 1, 3, 21, Window((1, 1)), (0, 0, 0, 0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("threads", "near", "far"), [(1, 0, 0), (1, 1 << 30, 1 << 30), (2, 0, 1 << 30), (3, 0, 0)])
+def test_every_order_and_share_of_the_work_is_exact(
+    threads: int, near: int, far: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "NEAR", near)
+    monkeypatch.setattr(tiles, "FAR", far)
+    target, rng = target_of("amx"), np.random.default_rng(0)
+    specs = [replace(spec_of_shape(shape, target.dot), threads=threads) for shape in SHAPES]
+    assert all(spec.tiled for spec in specs)
+    library = kernels_of(dict(enumerate(specs)), target.tvm)
+    for i, spec in enumerate(specs):
+        for extreme in ("random", "low", "zero_points"):
+            check(library, i, spec, extreme, rng)
 
 
 def test_tiles_are_for_dense_layers_of_some_pixels_and_channels() -> None:

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tvm
 
+from qdeploy.bundle.planes import container, join, split_cheapest
+from qdeploy.bundle.tables import TensorLevel
 from qdeploy.compile import artifact as module
 from qdeploy.compile.artifact import load_artifact
+from qdeploy.compile.kernels.join import LAYOUTS
 from qdeploy.compile.pipeline import compile_model
 from qdeploy.errors import CompileError, DeviceError
 from qdeploy.export.write import qdq_bytes
@@ -152,13 +156,15 @@ def edit_head_somewhere_else(folder: Path, data: bytes) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"format": "qdeploy-artifact/2"}, CompileError, "format 'qdeploy-artifact/2'"),
+        ({"format": "qdeploy-artifact/1"}, CompileError, "format 'qdeploy-artifact/1'"),
         ({"files": {"../lib.so": "0" * 64}}, CompileError, "its files are not just lib.so"),
         ({"extra": 1}, CompileError, "its keys are not"),
         ({"params": [{"name": 1, "dtype": "int8", "shape": []}]}, CompileError, "params has a wrong type"),
         ({"inputs": []}, CompileError, "inputs is not a list of the right length"),
-        ({"target": {"name": "t"}}, CompileError, "no list of features"),
-        ({"target": {"name": "t", "features": ["avx2", "quantum"]}}, DeviceError, "cpu lacks quantum, which target t"),
+        ({"variants": []}, CompileError, "it has no variants"),
+        ({"variants": [{}]}, CompileError, "a variant is not"),
+        ({"constant": 1}, CompileError, "constant has a wrong type"),
+        ({"threads": -1}, CompileError, "threads has a wrong type"),
         ({"versions": {"apache-tvm": "9.1"}}, DeviceError, "compiled by apache-tvm 9.1"),
     ],
 )
@@ -174,14 +180,59 @@ def test_a_machine_without_the_instructions_gets_one_line(compiled: Path, monkey
         load_artifact(compiled)
 
 
-def test_description_and_library_that_do_not_belong_together(copy: Path, nets: list[FrozenNet]) -> None:
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"target": {"name": "t"}}, CompileError, "a target has no list of features"),
+        ({"target": {"name": "t", "features": ["quantum"]}}, DeviceError, "cpu lacks quantum, which target t needs"),
+        ({"target": {"name": "t", "features": []}}, CompileError, "lib.so was not made with this artifact.json"),
+        ({"arena_bytes": 64}, CompileError, "lib.so was not made with this artifact.json"),
+        ({"packed_bytes": "64"}, CompileError, "packed_bytes has a wrong type"),
+        ({"kernels": [1]}, CompileError, "kernels has a wrong type"),
+        ({"packed": "packed.bin"}, CompileError, "library or packed has a wrong type"),
+    ],
+)
+def test_wrong_variants_are_refused(copy: Path, changes: dict, error: type, message: str) -> None:
+    """A lie about instruction sets or sizes would end in a signal: the library carries what it was made for."""
+    (variant,) = json.loads((copy / "artifact.json").read_bytes())["variants"]
+    edit(copy, variants=[variant | changes])
+    with pytest.raises(error, match=message):
+        load_artifact(copy)
+
+
+def test_description_and_library_that_do_not_belong_together(copy: Path) -> None:
     head = json.loads((copy / "artifact.json").read_bytes())
     edit(copy, params=head["params"][1:])
+    with pytest.raises(CompileError, match="lib.so was not made with this artifact.json"):
+        load_artifact(copy)
+
+
+def test_the_library_refuses_buffers_of_other_sizes(compiled: Path, nets: list[FrozenNet]) -> None:
+    loaded = load_artifact(compiled)
+    packed = loaded.prepare(params_of(nets[0]))
+    small = type(packed)(loaded, tvm.runtime.empty((64,), "uint8"), 64)
     with pytest.raises(DeviceError, match="the artifact cannot run"):
-        load_artifact(copy).prepare(params_of(nets[0]))
+        loaded.run(images_of(nets[0])[:1], small)
+
+
+@pytest.mark.parametrize(("bits", "base", "dtype"), [(4, 2, "int8"), (8, 3, "uint8"), (6, 1, "int8"), (1, 1, "int8")])
+def test_planes_are_joined(compiled: Path, bits: int, base: int, dtype: str) -> None:
+    loaded, rng = load_artifact(compiled), np.random.default_rng(bits)
+    u = np.clip(rng.normal(1 << bits >> 1, 2 ** (bits - 2.5), (24, 3, 41)), 0, (1 << bits) - 1).astype(np.uint8)
+    parts = [(part.bits, part.layout, b"".join(part.segments)) for part in split_cheapest(u, bits, base)]
+    for first in range(1, len(parts) + 1):
+        held = sum(part[0] for part in parts[:first])
+        level = TensorLevel(held, 8 - held, (0 if dtype == "int8" else 128) + (1 << (8 - held) >> 1) - 1 + (held == 8))
+        bias = level.offset - ((1 << held >> 1) << level.shift)
+        got = loaded.join(parts[:first], u.size, level.shift, bias)
+        want = container(join(parts[:first], u.shape), level, dtype)
+        np.testing.assert_array_equal(got.view(dtype).reshape(u.shape), want)
+    with pytest.raises(DeviceError, match="another length than its layout says"):
+        loaded.join([(*parts[0][:2], parts[0][2] + b"0")], u.size, 0, 0)
+    assert module.JOIN_LAYOUTS == LAYOUTS
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(CompileError, match="is not an artifact folder"):
         load_artifact(tmp_path / "none")
-    assert module.FORMAT == "qdeploy-artifact/1"
+    assert module.FORMAT == "qdeploy-artifact/2"

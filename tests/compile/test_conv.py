@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ import tvm
 from qdeploy.compile.graph import Window
 from qdeploy.compile.kernels.conv import ConvSpec, conv_kernel, tile
 from qdeploy.compile.kernels.layout import SLACK, Layout
-from qdeploy.compile.kernels.pack import Stored, WeightSpec, pack_kernel
-from qdeploy.compile.llvm import Dot, resolve
-from qdeploy.compile.pipeline import OPTIONS
+from qdeploy.compile.kernels.pack import Stored
+from qdeploy.compile.kernels.pack_weights import WeightSpec, weights_kernel
+from qdeploy.compile.llvm import Dot
 from qdeploy.frozen import Node, Quantizer
 from qdeploy.integer import conv_accumulate, requantize, requantize_scale
-from qdeploy.target import Target, missing_features, request_tiles
+from tests.compile.kernels import CPUS, built, target_of
 
 # channels in, channels out, groups, height, width, window, border of the output
 SHAPES = [
@@ -43,15 +44,8 @@ SHAPES = [
     (20, 20, 20, 9, 9, Window((7, 7), (1, 1), (3, 3, 3, 3)), (0, 0, 0, 0)),
 ]  # fmt: skip
 FEW = (1, 2, 7, 8, 11, 17)  # shapes for instructions that differ little from another one
+CODES = np.arange(-128, 128).astype(np.int8)
 FULL = ("vpdpbusd", "pmaddwd", "amx")
-CPUS = {
-    "vpdpbusd": ("x86-64-v4", ("avx512vnni",)),
-    "pmaddwd512": ("x86-64-v4", ()),
-    "vpdpbusd256": ("x86-64-v3", ("avxvnni",)),
-    "pmaddwd": ("x86-64-v3", ()),
-    "none": ("x86-64", ()),
-    "amx": ("x86-64-v4", ("avx512vnni", "amx-tile", "amx-int8")),
-}
 
 
 def spec_of(shape: tuple, dot: Dot) -> ConvSpec:
@@ -75,43 +69,44 @@ def weight_spec(spec: ConvSpec) -> WeightSpec:
     channel = (outputs,)
     return WeightSpec(
         spec, Stored("int8", (outputs, spec.inputs, *window)), Stored("float32", channel), Stored("int8", channel),
-        Stored("int32", channel), Stored("float32", channel), None, False, True,
+        Stored("int32", channel), Stored("float32", channel), None, "conv", True,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CPUS)
 def test_every_shape_is_exact(name: str) -> None:
-    cpu, features = CPUS[name]
-    resolved = resolve(Target("test", "x86_64", "llvm", cpu, features))
-    if lacking := missing_features(resolved.features):
-        pytest.skip(f"this machine has no {', '.join(lacking)}")
-    if resolved.dot.tiles and not request_tiles():
-        pytest.skip("the kernel of this machine does not give tiles")
-    functions = {}
+    target = target_of(name)
     chosen = range(len(SHAPES)) if name in FULL else FEW
-    for i in chosen:
-        spec = spec_of(SHAPES[i], resolved.dot)
-        functions[f"conv{i}"] = conv_kernel(f"conv{i}", spec)
-        functions[f"pack{i}"] = pack_kernel(f"pack{i}", weight_spec(spec))
-    with tvm.transform.PassContext(opt_level=3, config=OPTIONS):
-        library = tvm.compile(tvm.IRModule(functions), target=resolved.tvm)
-    assert "AllocWorkspace" not in library.mod.inspect_source("ll")  # nothing comes from the heap
+    library = kernels_of({i: spec_of(SHAPES[i], target.dot) for i in chosen}, target.tvm)
     rng = np.random.default_rng(0)
     for i in chosen:
         for extreme in ("random", "high", "low", "zero_points"):
-            check(library, i, spec_of(SHAPES[i], resolved.dot), extreme, rng)
+            check(library, i, spec_of(SHAPES[i], target.dot), extreme, rng)
 
 
-def check(library: tvm.runtime.Module, i: int, spec: ConvSpec, extreme: str, rng: np.random.Generator) -> None:
+def kernels_of(specs: dict[int, ConvSpec], target: Any) -> tvm.runtime.Module:
+    """Kernels conv{i} and pack{i} of each convolution."""
+    functions = {}
+    for i, spec in specs.items():
+        functions[f"conv{i}"] = conv_kernel(f"conv{i}", spec)
+        functions[f"pack{i}"] = weights_kernel(f"pack{i}", weight_spec(spec).code)
+    return built(functions, target)
+
+
+def check(
+    library: tvm.runtime.Module, i: int, spec: ConvSpec, extreme: str, rng: np.random.Generator,
+    allowed: np.ndarray = CODES,
+) -> None:  # fmt: skip
+    """One convolution with weights out of `allowed` against the definition."""
     x, y, window = spec.x, spec.y, spec.window
     shape = (y.channels, spec.inputs, *window.kernel)
     codes = rng.integers(0, 256, (x.channels, x.height, x.width)).astype(np.uint8)
-    weight = rng.integers(-128, 128, shape).astype(np.int8)
+    weight = rng.choice(allowed, shape)
     zero_w = np.zeros(y.channels, np.int8)
     if extreme == "high":  # saturates any 16-bit pair sum
-        codes[:], weight[:] = 255, 127
+        codes[:], weight[:] = 255, allowed.max()
     elif extreme == "low":
-        codes[:], weight[:] = 255, -128
+        codes[:], weight[:] = 255, allowed.min()
     elif extreme == "zero_points":
         zero_w = rng.integers(-128, 128, y.channels).astype(np.int8)
     bias = rng.integers(-3000, 3000, y.channels).astype(np.int32)
@@ -139,15 +134,15 @@ def check(library: tvm.runtime.Module, i: int, spec: ConvSpec, extreme: str, rng
         np.empty(spec.padded, np.float32),
     ]
     outs = [tvm.runtime.tensor(out) for out in outs]
-    args = [weight, scale, zero_w, bias, unit, packed(quant_x), packed(quant)]
-    library[f"pack{i}"](*map(tvm.runtime.tensor, args), *outs)
+    args = [weight.reshape(-1), scale, zero_w, bias, unit, packed(quant_x), packed(quant)]
+    library[f"pack{i}"](*weight_spec(spec).sizes, *map(tvm.runtime.tensor, args), *outs)
     buffer = tvm.runtime.tensor(nhwc(codes, x, quant_x.zero_point, rng))
     guard = rng.integers(0, 256, y.size).astype(np.uint8)
     result = tvm.runtime.tensor(guard)
     library[f"conv{i}"](buffer, *outs, tvm.runtime.tensor(packed(quant)), result)
     expected = nhwc(want, y, quant.zero_point, rng)
     expected[-SLACK:] = guard[-SLACK:]  # nothing is written behind the codes
-    np.testing.assert_array_equal(result.numpy(), expected, err_msg=f"{SHAPES[i]} {extreme}")
+    np.testing.assert_array_equal(result.numpy(), expected, err_msg=f"{spec} {extreme}")
 
 
 def window_sums(centred: np.ndarray, shape: tuple[int, ...], attributes: dict) -> np.ndarray:
@@ -156,7 +151,7 @@ def window_sums(centred: np.ndarray, shape: tuple[int, ...], attributes: dict) -
 
 
 def test_a_tile_fits_the_registers() -> None:
-    for dot in (Dot("vpdpbusd", 16, 32), Dot("pmaddwd", 8, 16), Dot("none", 4, 16)):
+    for dot in (Dot("vpdpbusd", 16, 32), Dot("pmaddwd", 8, 16), Dot("pmaddwd", 4, 16)):
         for shape in SHAPES:
             spec = spec_of(shape, dot)
             pixels, blocks = tile(spec, spec.y.width)

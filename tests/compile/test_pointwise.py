@@ -15,6 +15,7 @@ from qdeploy.compile.pipeline import compile_model
 from qdeploy.compile.read.handlers import read_graph
 from qdeploy.compile.reference import Evaluator
 from qdeploy.errors import CompileError, DeviceError
+from qdeploy.export.parity import EXACT_PRODUCTS
 from qdeploy.qdq import arrays, canonical_bytes
 from qdeploy.target import Target, load_target
 from tests.qdq_models import Net, mobile_net, quantized
@@ -24,10 +25,12 @@ HOST = Target("host", "x86_64", "llvm", "host")
 S = np.float32(0.1)
 
 
-def onnx_runtime(model: ModelProto, x: np.ndarray) -> np.ndarray:
-    """Node by node as the file says."""
+def onnx_runtime(model: ModelProto, x: np.ndarray, fused: bool = False) -> np.ndarray:
+    """Node by node as the file says, or as a stock session with its `fused` integer operators."""
     options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if fused else levels.ORT_DISABLE_ALL
+    options.add_session_config_entry(*EXACT_PRODUCTS)
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, {"x": x})[0]
@@ -42,12 +45,14 @@ def images(shape: tuple[int, ...], scale: float = 0.1, zero: int = 3) -> list[np
     return [((s - zero) * np.float64(scale)).astype(np.float32) for s in steps]
 
 
-def differing(net: Net, output: str, folder: Path, rank: int = 4, opset: int = 13, target: Target = PORTABLE) -> int:
+def differing(
+    net: Net, output: str, folder: Path, rank: int = 4, opset: int = 13, target: Target = PORTABLE, fused: bool = False
+) -> int:
     """Codes that differ from ONNX Runtime's, by one step at most, over `images`; none may differ from the reference."""
-    return compared(net.model(output, rank, opset), images(net.shape), folder, target)
+    return compared(net.model(output, rank, opset), images(net.shape), folder, target, fused)
 
 
-def compared(model: ModelProto, inputs: list[np.ndarray], folder: Path, target: Target) -> int:
+def compared(model: ModelProto, inputs: list[np.ndarray], folder: Path, target: Target, fused: bool = False) -> int:
     (folder / "m.onnx").write_bytes(canonical_bytes(model))
     compile_model(folder / "m.onnx", target, folder / "artifact", force=True)
     loaded = load_artifact(folder / "artifact")
@@ -59,7 +64,7 @@ def compared(model: ModelProto, inputs: list[np.ndarray], folder: Path, target: 
         np.testing.assert_array_equal(loaded.codes(image, packed), codes)
         got = loaded.run(image, packed)
         np.testing.assert_array_equal(got, want)
-        step = np.rint((got - onnx_runtime(model, image)) / scale)
+        step = np.rint((got - onnx_runtime(model, image, fused)) / scale)
         assert np.abs(step).max() <= 1
         count += int(np.count_nonzero(step))
     return count
@@ -149,17 +154,17 @@ def test_a_table_of_a_function_belongs_to_its_input_grid(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("op", ["Add", "Sub", "Mul"])
 def test_every_pair_of_codes(op: str, tmp_path: Path) -> None:
-    """A column and a row of all codes, broadcast; steps in whole ratios, so that a fused multiply-add moves ties."""
+    """A column and a row of all codes, broadcast; steps in whole ratios, so that many sums are ties."""
     net = Net((1, 1, 256, 256))
     for name, scale in (("s1", 0.1), ("s3", 0.3), ("s2", 0.2)):
         net.store(name, np.float32(scale))
     x = net.q("x", "s1")
     row = net.node("Pad", x, net.store("row", np.array([0, 0, 0, 0, 0, 0, -255, 0])))
     column = net.node("Pad", net.q("x", "s3"), net.store("column", np.array([0, 0, 0, 0, 0, 0, 0, -255])))
-    out = net.q(net.node(op, row, column), "s2")
+    out = net.q(net.node(op, net.q(row, "s1"), net.q(column, "s3")), "s2")
     shape = read_graph(net.model(out)).output_shape
     assert shape == (1, 1, 256, 256)
-    assert differing(net, out, tmp_path) == 0
+    assert differing(net, out, tmp_path, fused=True) == 0
 
 
 def test_squeeze_and_excite_and_other_broadcasts(tmp_path: Path) -> None:
@@ -182,7 +187,7 @@ def test_squeeze_and_excite_and_other_broadcasts(tmp_path: Path) -> None:
         assert [op.kind for op in graph.ops if op.kind in ("mul", "elementwise", "constant")] == [
             "mul", "constant", "elementwise", "constant", "elementwise",
         ]  # fmt: skip
-        assert differing(net, out, tmp_path, target=target) <= 3
+        assert differing(net, out, tmp_path, target=target, fused=True) <= 3
 
 
 def test_concat_pad_and_resize(tmp_path: Path) -> None:
@@ -252,4 +257,4 @@ def test_mobile_networks_of_other_tools(large: bool, opset: int, signed: bool, t
     assert (kinds.count("table"), kinds.count("mul")) == {13: (12, 12), 17: (12, 3)}[opset] if large else (0, 0)
     rng = np.random.default_rng(1)
     inputs = [rng.normal(0, 1, (1, 3, 20, 20)).astype(np.float32) for _ in range(6)]
-    assert compared(model, [*inputs, np.full((1, 3, 20, 20), 9, np.float32)], tmp_path, HOST) <= 3
+    assert compared(model, [*inputs, np.full((1, 3, 20, 20), 9, np.float32)], tmp_path, HOST, fused=True) == 0

@@ -28,8 +28,8 @@ def test_it_is_the_integer_reference_on_frozen_networks(options: dict) -> None:
     evaluator, codes = Evaluator(read_graph(model), arrays(model)), net.golden[net.input]
     want = run(net, codes)
     for i, image in enumerate(dequantize(codes, net.activations[net.input].quantizer)):
-        found = evaluator.codes(image)
-        np.testing.assert_array_equal(evaluator.output(image)[1], want[net.output][i : i + 1])
+        found = evaluator.codes(image[None])
+        np.testing.assert_array_equal(evaluator.output(image[None])[1], want[net.output][i : i + 1])
         for name in set(found) & set(want):
             np.testing.assert_array_equal(found[name], want[name][i])
 

@@ -10,18 +10,18 @@ import onnx
 import pytest
 
 from qdeploy.compile.artifact import load_artifact
+from qdeploy.compile.kernels import dots
 from qdeploy.compile.llvm import choose_dot, resolve
 from qdeploy.compile.pipeline import compile_model
-from qdeploy.errors import DeviceError
 from qdeploy.export.write import qdq_bytes
 from qdeploy.profile import latency as timing
 from qdeploy.profile import peak as peaks
 from qdeploy.profile.bitops import bitops
 from qdeploy.profile.latency import load_pair
-from qdeploy.profile.layers import aligned, bound, kind, recorded, replayed
-from qdeploy.profile.peak import Peak, depth, measured_peak, tile_kernel, tiles
+from qdeploy.profile.layers import bound, by_row, called, kind, repeated
+from qdeploy.profile.peak import Peak, amx_kernel, depth, measured_peak, tile_kernel, tiles
 from qdeploy.profile.report import profile, render
-from qdeploy.target import load_target
+from qdeploy.target import load_target, missing_features, request_tiles
 from tests.nets_frozen import random_frozen
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_every_kernel_has_a_row_and_every_multiply_add_is_counted(folder: Path) 
     found = profile(folder / "a", folder / "m.onnx", 3, layers=True)
     assert json.loads(json.dumps(found)) == found
     rows = found["layers"]
-    described = load_artifact(folder / "a").description["kernels"]
+    described = called(load_artifact(folder / "a").description["kernels"])
     assert {row["name"] for row in described} <= {row["layer"] for row in rows}
     assert sum(row["macs"] for row in rows) == bitops(folder / "m.onnx")["total"]["macs"]["value"]
     assert sum(row["share"] for row in rows) == pytest.approx(1)
@@ -59,23 +59,19 @@ def test_every_kernel_has_a_row_and_every_multiply_add_is_counted(folder: Path) 
     assert "fp32 ONNX Runtime" in found["why"][0] and found["why"][0] in text
 
 
-def test_a_replay_computes_what_the_run_computed(folder: Path) -> None:
+def test_ticks_are_of_a_whole_run(folder: Path) -> None:
     artifact, packed, _ = load_pair(folder / "a", folder / "m.onnx")
     x = np.random.default_rng(0).standard_normal(artifact.input_shape).astype(np.float32)
-    calls = recorded(folder / "a", packed, x)
-    before = calls[-1].args[-1].numpy().copy()
-    times, runs = replayed(calls, lambda: None, 2)
-    assert times.shape == (2, len(calls)) and runs.shape == (2,)
-    assert np.array_equal(calls[-1].args[-1].numpy(), before)
-    assert np.array_equal(before.reshape(-1), artifact.run(x, packed).reshape(-1))
+    times, runs = repeated(artifact.ticks(x, packed), lambda: None, 2)
+    rows = artifact.description["kernels"]
+    assert times.shape == (2, sum(len(row["functions"]) for row in rows)) and runs.shape == (2,)
+    assert (times >= 0).all() and (times.sum(1) > 0).all()
 
 
-def test_kernels_of_another_model_are_refused(folder: Path) -> None:
-    artifact, packed, _ = load_pair(folder / "a", folder / "m.onnx")
-    calls = recorded(folder / "a", packed, np.zeros(artifact.input_shape, np.float32))
-    rows = [*artifact.description["kernels"], {"name": "more", "operator": "conv", "arithmetic": "integer"}]
-    with pytest.raises(DeviceError, match="does not call more"):
-        aligned(calls, rows)
+def test_a_row_has_the_time_of_all_its_calls() -> None:
+    rows = [{"functions": ["a"]}, {"functions": []}, {"functions": ["b", "c"]}, {"functions": ["d"]}]
+    times = np.array([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    assert by_row(times, rows).tolist() == [[1.0, 5.0, 4.0], [5.0, 13.0, 8.0]]
 
 
 def test_kinds_and_limits() -> None:
@@ -105,10 +101,25 @@ def test_the_peak_kernel_multiplies_what_it_says(features: tuple[str, ...]) -> N
     kernel(tvm.runtime.tensor(x), tvm.runtime.tensor(w), out)
     steps, length = depth(dot)[0], sizes[0] // pixels // 4
     a = x.reshape(pixels, length, 4)[:, :steps].astype(np.int64)
-    b = w.reshape(length, blocks, dot.lanes, 4)[:steps].astype(np.int64)
+    parts = w.reshape(length, blocks, dots.steps(dot), dot.lanes, -1)[:steps].astype(np.int64)
+    b = parts.swapaxes(2, 3).reshape(steps, blocks, dot.lanes, 4)
     wanted = np.einsum("mki,kjli->mjl", a, b)
     assert np.array_equal(out.numpy().reshape(2, *wanted.shape), np.stack([wanted] * 2))
     assert measured_peak(features).operations > 0
+
+
+def test_the_tile_kernel_multiplies_what_it_says() -> None:
+    import tvm
+
+    resolved = resolve(load_target(ROOT / "targets" / "x86-64-amx.toml"))
+    if missing_features(resolved.features) or not request_tiles():
+        pytest.skip("this machine has no AMX tiles")
+    random = np.random.default_rng(1)
+    x, w = random.integers(0, 256, (16, 64), np.uint8), random.integers(-128, 128, (16, 16, 4), np.int8)
+    out = tvm.runtime.tensor(np.zeros(1024, np.int32))
+    peaks.built(amx_kernel(3), resolved.tvm)(tvm.runtime.tensor(x.reshape(-1)), tvm.runtime.tensor(w.reshape(-1)), out)
+    one = np.einsum("rqi,qli->rl", x.reshape(16, 16, 4).astype(np.int64), w.astype(np.int64))
+    assert np.array_equal(out.numpy().reshape(4, 16, 16), np.stack([3 * one] * 4))
 
 
 def test_float_networks_compute_what_the_quantized_ones_approximate(folder: Path) -> None:

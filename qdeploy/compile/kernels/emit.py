@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from tvm import tirx
+from tvm.ir import PointerType, PrimType
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
@@ -100,6 +101,22 @@ def prim_func(
         ]
         body(*flat)
     return builder.get()
+
+
+def on_pointers(function: tirx.PrimFunc) -> tirx.PrimFunc:
+    """`function` with a raw pointer for each buffer, checking nothing; it returns 0, or -1 where it asserts in vain.
+
+    Parameters that are numbers stay as they are.
+    """
+    params, views = [], []
+    for param in function.params:
+        if isinstance(param.ty, PrimType):
+            params.append(param)
+        else:
+            params.append(tirx.Var(param.name, PointerType(PrimType(str(param.ty.dtype)))))
+            views.append(tirx.DeclBuffer(param, data=params[-1]))
+    body = tirx.SeqStmt([*views, function.body, tirx.stmt.Return(const(0))])
+    return tirx.PrimFunc(params, body, PrimType("int32"), function.attrs)
 
 
 # Requantization ------------------------------------------------------------------------------------------------------

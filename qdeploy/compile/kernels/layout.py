@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tvm.tirx.script import builder as T
+
 from qdeploy.compile.graph import Sides
 from qdeploy.compile.kernels.emit import ZERO, Buffer, Expr, cast, const, load, loop, store
 
@@ -18,6 +20,16 @@ class Layout:
     height: int
     width: int
     border: Sides = (0, 0, 0, 0)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[C, H, W]"""
+        return self.channels, self.height, self.width
+
+    @property
+    def single(self) -> bool:
+        """It holds one code."""
+        return self.shape == (1, 1, 1)
 
     @property
     def row(self) -> int:
@@ -43,20 +55,19 @@ def fill_border(y: Buffer, layout: Layout, quant: Buffer) -> None:
     """Write the zero point all around the pixels."""
     if not any(layout.border):
         return
-    zero = cast("uint8", cast("int32", load(quant, const(ZERO)), 1), 1)
+    whole = T.Bind(cast("int32", load(quant, const(ZERO)), 1))
+    zero = T.Bind(cast("uint8", whole, 1))
 
     def fill(start: Expr, count: int) -> None:
         loop(count, lambda i: store(y, zero, start + i))
 
-    top, left, _, right = layout.border
-    fill(0, top * layout.row)
-    fill((top + layout.height) * layout.row, (layout.rows - top - layout.height) * layout.row)
+    top, left, bottom, right = layout.border
+    first, pixels = top * layout.row + left * layout.channels, layout.width * layout.channels
+    fill(0, first)
     if left or right:
-        sides = (left * layout.channels, right * layout.channels)
-
-        def row(h: Expr) -> None:
-            start = (h + top) * layout.row
-            fill(start, sides[0])
-            fill(start + layout.row - sides[1], sides[1])
-
-        loop(layout.height, row)
+        # a zero point is below 256, which LLVM cannot know: it would write out all rows of a count that it knows
+        rows = const(layout.height - 1) + T.shift_right(whole, const(8))
+        with T.serial(0, rows) as h:
+            fill(h * layout.row + (first + pixels), (left + right) * layout.channels)
+    last = (top + layout.height - 1) * layout.row + left * layout.channels + pixels
+    fill(last, right * layout.channels + bottom * layout.row)

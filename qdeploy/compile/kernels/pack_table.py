@@ -9,7 +9,7 @@ from tvm.tirx.script import builder as T
 
 from qdeploy.compile.expression import Term
 from qdeploy.compile.graph import Table
-from qdeploy.compile.kernels.elementwise import EXPONENTIALS, TABLE, emit_term
+from qdeploy.compile.kernels.elementwise import EXPONENTIALS, emit_term
 from qdeploy.compile.kernels.emit import (
     QUANT,
     SCALE,
@@ -27,6 +27,7 @@ from qdeploy.compile.kernels.emit import (
     to_codes,
 )
 from qdeploy.compile.kernels.layout import Layout
+from qdeploy.compile.kernels.lookup import TABLE
 from qdeploy.compile.kernels.pack import SHIFT
 
 EXP_TERMS, EXP_HALVINGS, EXP_LIMIT = 20, 8, 256.0  # exp(-t) as a series for t <= 1

@@ -1,32 +1,45 @@
-"""The end of every convolution kernel: int32 accumulators -> codes, four vectors at a time.
+"""The end of kernels: int32 accumulators or float32 values -> codes, four vectors at a time.
 
     min(float32(acc) * scale, highest - zero) -> rne -> pack to 16 bits -> + zero point -> pack to uint8 -> max(lowest)
 
 is docs/integers.md's order with the upper bound taken before rounding: it is an integer, so the result is the same, and
 no product is too large for the conversion. Both packings saturate; what saturates lies outside 0..255 and is clamped.
+
+A convolution may go on from there (graph.Then): its codes are looked up in a table, or another tensor is added to them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from tvm.tirx.script import builder as T
 
 from qdeploy.compile.kernels.emit import (
     HIGH,
     LOW,
+    QUANT,
+    SCALE,
     ZERO,
     Buffer,
     Expr,
     cast,
     const,
+    fence,
     load,
+    loop,
     quantizer,
     splat,
     store,
     typed,
 )
+from qdeploy.compile.kernels.layout import Layout
+from qdeploy.compile.kernels.lookup import TABLE, look_up_part, table_vectors
+from qdeploy.compile.llvm import Dot
 
+SHIFT = 128  # int8 codes + 128 are uint8 codes
+MAGIC = 1.5 * 2**23  # floats near it are whole numbers
+LEAST = 4  # lanes of the narrowest vectors
 VECTORS = 4  # vectors of int32 that become one vector of bytes
 # lanes of int32 -> intrinsics: float32 to int32 (rne), int32 to int16, int16 to uint8, both saturating, dwords permuted
 CONVERT = {4: "sse2.cvtps2dq", 8: "avx.cvt.ps2dq.256", 16: "avx512.mask.cvtps2dq.512"}
@@ -56,8 +69,53 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """What a convolution does to its codes (graph.Then): look them up in a table, or add the codes of `other`.
+
+    `first`: the convolution is the operand a of the sum; `signed`: which of a, b and the sum are int8 in the file.
+    """
+
+    kind: str  # table or add
+    other: Layout | None = None
+    first: bool = True
+    signed: tuple[bool, bool, bool] = (False, False, False)
+
+    @property
+    def params(self) -> list[tuple[str, tuple[int, ...], str]]:
+        """Kernel parameters behind the convolution's own quantizer: the last one is the stored codes' quantizer."""
+        if self.other is None:
+            return [("table", *TABLE), ("quant_y", *QUANT)]
+        return [("other", (self.other.size,), "uint8"), ("quant_a", *QUANT), ("quant_b", *QUANT), ("quant_y", *QUANT)]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A sum that is made before the codes are stored."""
+
+    other: Buffer  # codes
+    x: Layout  # theirs
+    y: Layout
+    signed: bool  # they are int8 in the file
+    first: bool  # the convolution is operand a
+    parameters: AddParameters
+    magic: Expr  # float32: MAGIC less the convolution's zero point, and its lowest code, as the file counts codes
+    low: Expr
+
+    def at(self, place: Expr) -> Expr:
+        """Where the other operand of the code at `place` of the output is."""
+        x, y = self.x, self.y
+        if x.row == y.row:
+            return place + (x.at(0, 0) - y.at(0, 0))
+        row = T.floordiv(place, const(y.row)) - y.border[0]
+        return place + (row * (x.row - y.row) + (x.at(0, 0) - y.at(0, 0)))
+
+
+@dataclass(frozen=True)
 class Operands:
-    """Buffers of a convolution kernel: codes, packed weights, integers and scales (pack.py), output, its quantizer."""
+    """Buffers of a convolution kernel: codes, packed weights, integers and scales (pack.py), output, its quantizer.
+
+    `dot` and `tables`, or `sum`, are what is done to the codes (graph.Then).
+    """
 
     x: Buffer
     w: Buffer
@@ -65,6 +123,22 @@ class Operands:
     scale: Buffer
     y: Buffer
     limits: Limits
+    dot: Dot | None = None
+    tables: Sequence[Expr] = ()
+    sum: Sum | None = None
+
+    def fused(self, then: Fused, dot: Dot, y: Layout, quant: Buffer, given: Sequence[Buffer]) -> Operands:
+        """These with `then`; `quant` is the convolution's own quantizer, `given` the buffers of `then.params`."""
+        if then.other is None:
+            return replace(self, dot=dot, tables=table_vectors(dot, given[0]))
+        signed = then.signed[0 if then.first else 1]
+        zero, low = (T.Bind(own_code(quant, field, signed)) for field in (ZERO, LOW))
+        magic = T.Bind(const(MAGIC, "float32") - zero)
+        parameters = add_parameters(given[1:], then.signed)
+        other_signed = then.signed[1 if then.first else 0]
+        return replace(
+            self, sum=Sum(given[0], then.other, y, other_signed, then.first, parameters, magic, low)
+        )  # fmt: skip
 
 
 def limits(quant: Buffer) -> Limits:
@@ -75,6 +149,63 @@ def limits(quant: Buffer) -> Limits:
     return Limits(top, T.Bind(cast("int16", whole[0], 1)), T.Bind(cast("uint8", whole[1], 1)))
 
 
+def own_limits(quant: Buffer, signed: bool) -> Limits:
+    """Bounds for float32 codes as the file counts them, zero point included: int8 ones are 128 less than ours."""
+    low = T.Bind(cast("uint8", cast("int32", load(quant, const(LOW)), 1), 1))
+    return Limits(T.Bind(own_code(quant, HIGH, signed)), const(SHIFT if signed else 0, "int16"), low)
+
+
+def own_code(quant: Buffer, field: int, signed: bool) -> Expr:
+    """ZERO, LOW or HIGH of a packed quantizer as the file counts codes, float32."""
+    code = load(quant, const(field))
+    return code - const(float(SHIFT), "float32") if signed else code
+
+
+# Sums and products ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AddParameters:
+    """Scalars of a sum, made once a kernel: fma(a, ratio_a, fma(b, ratio_b, offset)), then rounded within `limits`."""
+
+    ratio_a: Expr
+    ratio_b: Expr
+    offset: Expr
+    limits: Limits
+
+
+def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
+    """float32 a * b + c, rounded once."""
+    return T.call_llvm_pure_intrin(typed("float32", lanes), "llvm.fma", a, b, c)
+
+
+def add_parameters(quants: Sequence[Buffer], signed: Sequence[bool]) -> AddParameters:
+    """docs/integers.md, Add: quantizers of a, which is added last, of b and of the sum; which ones are int8."""
+    quant_a, quant_b, quant = quants
+    scale = load(quant, const(SCALE))
+    ratio_a, ratio_b = (T.Bind(load(q, const(SCALE)) / scale) for q in (quant_a, quant_b))
+    zero_a, zero_b, zero = (own_code(q, ZERO, is_signed) for q, is_signed in zip(quants, signed, strict=True))
+    offset = T.Bind(zero - fma(ratio_a, zero_a, fence(ratio_b * zero_b, 1), 1))
+    return AddParameters(ratio_a, ratio_b, offset, own_limits(quant, signed[2]))
+
+
+def own_codes(codes: Expr, signed: bool, lanes: int) -> Expr:
+    """uint8 codes -> float32 codes as the file counts them."""
+    if signed:
+        flipped = T.bitwise_xor(codes, splat(const(SHIFT, "uint8"), lanes))
+        codes = T.reinterpret(typed("int8", lanes), flipped)
+    return cast("float32", cast("int32", codes, lanes), lanes)
+
+
+def add(a: Expr, b: Expr, p: AddParameters, lanes: int) -> Expr:
+    """The sum as a float32 code that is not rounded yet; a and b are float32 codes as the file counts them."""
+    inner = fma(b, splat(p.ratio_b, lanes), splat(p.offset, lanes), lanes)
+    return fma(a, splat(p.ratio_a, lanes), inner, lanes)
+
+
+# Rounding and packing ------------------------------------------------------------------------------------------------
+
+
 def call(dtype: str, lanes: int, name: str, *args: Expr) -> Expr:
     """An x86 intrinsic without side effects."""
     return T.call_llvm_pure_intrin(typed(dtype, lanes), f"llvm.x86.{name}", *args)
@@ -82,7 +213,12 @@ def call(dtype: str, lanes: int, name: str, *args: Expr) -> Expr:
 
 def rounded(acc: Expr, scale: Expr, bounds: Limits, lanes: int) -> Expr:
     """int32 -> int32 codes less the zero point, cut at the top only."""
-    real = T.Min(cast("float32", acc, lanes) * scale, splat(bounds.top, lanes))
+    return to_integers(cast("float32", acc, lanes) * scale, bounds, lanes)
+
+
+def to_integers(real: Expr, bounds: Limits, lanes: int) -> Expr:
+    """float32 in units of the output's scale -> int32, rounded to nearest even, cut at the top only."""
+    real = T.Min(real, splat(bounds.top, lanes))
     if lanes == 16:  # 4: round as the processor is set, to nearest even
         return call("int32", 16, CONVERT[16], real, splat(const(0), 16), const(-1, "int16"), const(4))
     return call("int32", lanes, CONVERT[lanes], real)
@@ -136,8 +272,7 @@ def finish(pieces: list[Piece], o: Operands, lanes: int) -> None:
     """Requantize and store; neighbours in `pieces` that are neighbours in memory are stored together."""
     for start in range(0, len(pieces), VECTORS):
         part = pieces[start : start + VECTORS]
-        vectors = [rounded(p.acc, p.scale, o.limits, lanes) for p in part]
-        codes = packed(vectors + [vectors[-1]] * (VECTORS - len(part)), o.limits, lanes, True)
+        codes = finished(part + [part[-1]] * (VECTORS - len(part)), o, lanes)
         i = 0
         while i < len(part):
             end, count = i + 1, part[i].valid
@@ -148,7 +283,53 @@ def finish(pieces: list[Piece], o: Operands, lanes: int) -> None:
             i = end
 
 
+def finished(pieces: list[Piece], o: Operands, lanes: int) -> Expr:
+    """The codes of 4 vectors, after what the convolution does to them."""
+    bounds = o.limits
+    if o.sum is None:
+        vectors = [rounded(p.acc, p.scale, bounds, lanes) for p in pieces]
+    else:
+        bounds = o.sum.parameters.limits
+        vectors = [to_integers(summed(p, o.sum, o.limits, lanes), bounds, lanes) for p in pieces]
+    codes = packed(vectors, bounds, lanes, True)
+    return codes if o.dot is None else look_up_part(o.dot, o.tables, codes, VECTORS * lanes)
+
+
+def summed(piece: Piece, s: Sum, bounds: Limits, lanes: int) -> Expr:
+    """The sum of a convolution's codes and the other operand as a float32 code that is not rounded yet.
+
+    Its own codes stay in float32: adding MAGIC rounds to nearest even, and what is too low for that to be exact stays
+    below the lowest code.
+    """
+    real = T.Min(cast("float32", piece.acc, lanes) * piece.scale, splat(bounds.top, lanes))
+    steps = real + splat(const(MAGIC, "float32"), lanes)
+    own = T.Bind(T.Max(steps - splat(s.magic, lanes), splat(s.low, lanes)))
+    other = own_codes(load(s.other, s.at(piece.base + piece.offset), lanes), s.signed, lanes)
+    return add(own, other, s.parameters, lanes) if s.first else add(other, own, s.parameters, lanes)
+
+
 def finish_strip(acc: list[Expr], scales: list[Expr], valid: int, at: Expr, o: Operands, n: int) -> None:
     """Requantize 4 vectors of `n` interleaved channels (depthwise.rows) and store the first `valid` codes at `at`."""
     vectors = [rounded(a, s, o.limits, n) for a, s in zip(acc, scales, strict=True)]
-    store_run(o.y, packed(vectors, o.limits, n, False), VECTORS * n, 0, valid, at)
+    codes = packed(vectors, o.limits, n, False)
+    if o.dot is not None:
+        codes = look_up_part(o.dot, o.tables, codes, VECTORS * n)
+    store_run(o.y, codes, VECTORS * n, 0, valid, at)
+
+
+# Runs of codes -------------------------------------------------------------------------------------------------------
+
+
+def cover(count: int, lanes: int, least: int, body: Callable[[Expr, int, int], None]) -> None:
+    """Cover `count` codes by vectors of 4 * n: body(first code, n, how many of them are valid).
+
+    n is `lanes`, for the last vector also less, down to `least`. The last vector is moved back so that it is full,
+    unless there are fewer codes than it holds: codes may be made twice.
+    """
+    size = VECTORS * lanes
+    loop(count // size, lambda i: body(i * size, lanes, size))
+    if rest := count % size:
+        n = lanes
+        while n > least and VECTORS * (n // 2) >= rest:
+            n //= 2
+        body(max(0, count - VECTORS * n), n, min(count, VECTORS * n))

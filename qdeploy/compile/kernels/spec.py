@@ -2,11 +2,21 @@
 
 A window is cut into *segments*, runs of bytes that are neighbours in memory (a kernel row where nothing is dilated or
 grouped), and a segment into quads of 4 bytes, which the target's dot product multiplies at once.
+
+Dense weights are int8 [group][block][segment][quad] of vectors of GROUP * lanes bytes, each ordered by
+`ConvSpec.byte_place(lane, byte)`. With `packed` they are 4-bit indices into a table of the tensor's 16 codes:
+
+    byte 0 .. 63      the table, int8 [16], four times
+    byte 64 ..        uint8 [group][block][segment][pair of quads][GROUP * lanes]: byte i holds the index of byte i of
+                      the first quad's vector in its low 4 bits, that of the second quad's vector in its high 4 bits
+
+A segment with an odd number of quads ends in a pair without a second one, whose bits are not read. Lanes behind the
+last channel may hold any index.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from tvm.tirx.script import builder as T
@@ -15,9 +25,12 @@ from qdeploy.compile.graph import Window
 from qdeploy.compile.kernels.dots import GROUP
 from qdeploy.compile.kernels.emit import Expr, const
 from qdeploy.compile.kernels.layout import SLACK, Layout
+from qdeploy.compile.kernels.requantize import Fused
 from qdeploy.compile.llvm import Dot
 
 TILE_ROWS, TILE_QUADS = 16, 16  # rows and 32-bit columns of an AMX tile
+WIDENED = 1 << 16  # codes of the input that are widened to 16 bits at once: 128 KiB of stack
+TABLE_BYTES = 64  # codes of packed weights: a table of 16, once in each 128 bits of a vector
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,9 @@ class ConvSpec:
     groups: int
     dot: Dot
     threads: int = 1  # runs of work that are done at once
+    narrow: bool = False  # all weights are in -64 .. 64, so that no pair of products saturates 16 bits
+    packed4: bool = False  # dense weights may be kept as 4-bit indices: they have at most 16 different codes
+    then: Fused | None = None  # what is done to the codes before they are stored
 
     @property
     def depthwise(self) -> bool:
@@ -65,13 +81,61 @@ class ConvSpec:
 
     @property
     def by_rows(self) -> bool:
-        """Depthwise with 4 kernel rows in a lane of a dot product (depthwise.rows); its code grows with the kernel."""
-        return self.depthwise and self.dot.instruction == "vpdpbusd" and prod(self.window.kernel) <= 25
+        """Depthwise with 4 kernel rows in a lane of a dot product (depthwise.rows); its code grows with the kernel.
+
+        Pixels whose windows overlap are summed up at once: few registers hold those of few pixels.
+        """
+        dot = self.multiply
+        if not self.depthwise or prod(self.window.kernel) > 25 or dot.instruction not in ("vpdpbusd", "pmaddubsw"):
+            return False
+        most = 9 if dot.instruction == "vpdpbusd" or dot.registers >= 32 else 3
+        return -(-self.extent // self.window.stride[1]) <= most
 
     @property
     def row_quads(self) -> int:
         """Groups of 4 kernel rows."""
         return -(-self.window.kernel[0] // GROUP)
+
+    @property
+    def extent(self) -> int:
+        """Columns from a window's first one to its last one."""
+        return (self.window.kernel[1] - 1) * self.window.dilation[1] + 1
+
+    @property
+    def rows_together(self) -> int:
+        """Output rows that depthwise.rows computes at once: two where they share 4 rows of the input."""
+        (kh, _), (dh, _), (sh, _) = self.window.kernel, self.window.dilation, self.window.stride
+        return 2 if kh == 3 and dh == sh == 1 and self.y.height % 2 == 0 and self.dot.registers >= 32 else 1
+
+    @property
+    def across(self) -> bool:
+        """The last of 5 kernel rows is taken in quads of neighbouring columns instead of with 3 rows of zeros."""
+        (kh, kw), stride = self.window.kernel, self.window.stride[1]
+        return kh == 5 and self.extent == kw and (kw == 4 or (kw == 5 and stride <= GROUP))
+
+    @property
+    def strip_taps(self) -> list[list[int | None]]:
+        """What each dot product of a strip multiplies: kernel positions (row * kw + column), None where a weight is 0.
+
+        Quads of rows column by column, then the quads of columns; then all again one row lower for a second output row.
+        """
+        kh, kw = self.window.kernel
+        quads = self.row_quads - self.across
+        dots: list[list[int | None]] = []
+        for lower in range(self.rows_together):
+            for q in range(quads):
+                rows = [q * GROUP + i - lower for i in range(GROUP)]
+                dots += [[row * kw + t if 0 <= row < kh else None for row in rows] for t in range(kw)]
+        if self.across:
+            dots.append([(kh - 1) * kw + t for t in range(kw - GROUP, kw)])
+            if kw > GROUP:  # column 0, read with the quad that ends before the window's last `stride` columns
+                dots.append([(kh - 1) * kw if i == self.window.stride[1] - 1 else None for i in range(GROUP)])
+        return dots
+
+    @property
+    def strip_dots(self) -> int:
+        """Dot products whose weights a strip holds."""
+        return len(self.strip_taps)
 
     @property
     def strips(self) -> list[tuple[int, int]]:
@@ -101,12 +165,7 @@ class ConvSpec:
 
         Of every 16 channels of a strip, 4 stand in each of its 4 vectors.
         """
-        if not self.by_rows:
-            return channel
-        start, lanes = self.strip_of(channel)
-        inside = channel - start
-        vector = T.floordiv(T.floormod(inside, const(16)), const(4))
-        return start + vector * lanes + T.floordiv(inside, const(16)) * 4 + T.floormod(inside, const(4))
+        return strip_place(channel, *self.strip_of(channel)) if self.by_rows else channel
 
     @property
     def padded(self) -> int:
@@ -142,11 +201,11 @@ class ConvSpec:
         Cycles as measured on Sapphire Rapids, fixed part with requantization first. A tile takes its time whatever the
         part of it that is used, so few pixels, as of a fully connected layer, or few channels make tiles lose.
         """
-        if not self.dot.tiles or self.groups > 1:
+        if not self.dot.tiles or self.groups > 1 or self.packed4:
             return False
         pixels = min(TILE_ROWS, self.y.height * self.y.width if self.flat else self.y.width)
         parts = self.segments * -(-self.least_quads // TILE_QUADS)
-        return 5 + 17.5 * parts / pixels < 2.6 + 0.49 * self.segments * self.least_quads
+        return pixels > 1 and 3.6 + 17.8 * parts / pixels < 2.6 + 0.49 * self.segments * self.least_quads
 
     @property
     def chunk(self) -> int:
@@ -162,19 +221,71 @@ class ConvSpec:
         return -(-self.least_quads // self.chunk) * self.chunk if self.tiled else self.least_quads
 
     @property
+    def multiply(self) -> Dot:
+        """The dot product of convolutions: the target's, or a shorter one that narrow weights allow."""
+        short = self.narrow and self.dot.instruction == "pmaddwd" and self.dot.lanes > 4
+        return replace(self.dot, instruction="pmaddubsw") if short else self.dot
+
+    @property
+    def packed(self) -> bool:
+        """Weights are 4-bit indices: where asked for, and nothing has to be filled with zeros inside a quad."""
+        whole = self.taps * self.inputs % GROUP == 0
+        return self.packed4 and self.dot.lanes > 4 and self.family == "dense" and whole
+
+    @property
+    def quad_pairs(self) -> int:
+        """Pairs of quads of a segment whose weights are packed."""
+        return -(-self.quads // 2)
+
+    @property
+    def block_bytes(self) -> int:
+        """int8 weights of a block."""
+        return self.segments * self.quads * GROUP * self.dot.lanes
+
+    def read_bytes(self, rows: int) -> int:
+        """Bytes that `rows` rows of outputs read, the rest of the last quad included; a flat kernel has one row."""
+        rows = self.y.height if self.flat else rows
+        (sh, sw), (dh, dw), (kh, kw) = self.window.stride, self.window.dilation, self.window.kernel
+        down, across = (rows - 1) * sh + (kh - 1) * dh, (self.y.width - 1) * sw + (kw - 1) * dw
+        return down * self.x.row + (across + 1) * self.x.channels + GROUP - 1
+
+    @property
+    def widens(self) -> bool:
+        """A dense kernel first widens its input to 16 bits, some rows at a time (otherwise: each time it is read)."""
+        return self.multiply.instruction == "pmaddwd" and self.read_bytes(1) <= WIDENED
+
+    def rows_at_once(self, rows: int) -> int:
+        """How many of `rows` rows of outputs are computed from input that is widened at once."""
+        return max(n for n in range(1, rows + 1) if n == 1 or self.read_bytes(n) <= WIDENED)
+
+    def byte_place(self, lane: Expr, byte: Expr) -> Expr:
+        """Where byte `byte` (0 .. 3) of lane `lane` stands in a packed vector of dense weights.
+
+        For pmaddwd, which multiplies pairs of 16 bits, the first two bytes of all lanes stand before the last two.
+        """
+        if self.multiply.instruction != "pmaddwd":
+            return lane * GROUP + byte
+        half = byte // 2 if isinstance(byte, int) else T.floordiv(byte, const(2))
+        return half * (2 * self.dot.lanes - 2) + lane * 2 + byte
+
+    @property
     def weight_bytes(self) -> int:
         """Length of the packed weights."""
         if self.by_rows:
-            return self.padded * self.row_quads * GROUP * self.window.kernel[1]
+            return self.padded * GROUP * self.strip_dots
         if self.depthwise:
             return self.blocks * self.segments * self.dot.lanes
-        return self.groups * self.blocks * self.segments * self.quads * GROUP * self.dot.lanes
+        blocks = self.groups * self.blocks
+        if self.packed:
+            return TABLE_BYTES + blocks * self.segments * self.quad_pairs * GROUP * self.dot.lanes
+        return blocks * self.block_bytes
 
     @property
     def flat(self) -> bool:
         """Pixels of all rows are neighbours in both buffers, so a tile may cross rows."""
         plain = self.window == Window((1, 1)) and self.x.border == self.y.border == (0, 0, 0, 0)
-        return plain and not self.depthwise
+        fits = self.multiply.instruction != "pmaddwd" or self.x.size <= WIDENED
+        return plain and not self.depthwise and fits
 
     def segment_offset(self, segment: Expr) -> Expr:
         """Bytes from a window's first code to segment `segment`."""
@@ -190,3 +301,10 @@ class ConvSpec:
         """Offset of the first code of output pixel (h, w)'s window."""
         (sh, sw), (top, left) = self.window.stride, self.window.padding[:2]
         return self.x.at(h * sh - top, w * sw - left)
+
+
+def strip_place(channel: Expr, start: Expr, lanes: Expr) -> Expr:
+    """`ConvSpec.place` of a channel of the strip of 4 * `lanes` channels from `start` on."""
+    inside = channel - start
+    vector = T.floordiv(T.floormod(inside, const(16)), const(4))
+    return start + vector * lanes + T.floordiv(inside, const(16)) * 4 + T.floormod(inside, const(4))

@@ -1,20 +1,35 @@
-"""The state of one pass over a QDQ ONNX file, and the nodes that every model has: inputs, Q, DQ, Clip, the output.
+"""The state of one pass over a QDQ ONNX file, and the nodes that every model has: Q, DQ, integer Clips, the output.
 
-A float value of the file is one of three things: a *view* (exactly the real values of an activation's codes), a
-*result* (what an operator computes, waiting for its QuantizeLinear), or a stored parameter behind a DequantizeLinear.
+A float value of the file is one of four things: a *view* (exactly the real values of an activation's codes), a
+*result* (what an integer operator computes, waiting for its QuantizeLinear), a stored parameter behind a
+DequantizeLinear, or *real*: float numbers that operators without integer kernels make.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import prod
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
 from qdeploy.compile.expression import operand, tabulate
-from qdeploy.compile.graph import Graph, Op, Operand, Param, Quantizer, Table, Tensor
-from qdeploy.compile.read.values import Input, Refused, Result, Shape, Stored, Value, View
+from qdeploy.compile.graph import (
+    FloatTensor,
+    Graph,
+    Op,
+    Operand,
+    Param,
+    Quantizer,
+    RealParam,
+    Shuffle,
+    Table,
+    Tensor,
+)
+from qdeploy.compile.read.normalize import Normal, opset_of
+from qdeploy.compile.read.regions import CODES, EMBEDDED, FloatNode, Item, arrange
+from qdeploy.compile.read.values import Dims, Impossible, Real, Refused, Result, Shape, Stored, Value, View, three
 from qdeploy.errors import CompileError
 from qdeploy.qdq import arrays, attributes, numeric_roles
 
@@ -24,106 +39,209 @@ Handler = Callable[["Reader", NodeProto], None]
 
 
 class Reader:
-    """One pass over a canonical model's nodes; `handlers` says by operator what reads them (handlers.py)."""
+    """One pass over a normal model's nodes; `handlers` says by operator what reads them (handlers.py)."""
 
-    def __init__(self, model: ModelProto, handlers: Mapping[str, Handler]) -> None:
-        self.model, self.handlers = model, handlers
-        self.arrays = arrays(model)
-        self.roles = numeric_roles(model)
-        self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 13)
+    def __init__(self, model: ModelProto, normal: Normal, handlers: Mapping[str, Handler]) -> None:
+        self.model, self.handlers = normal.model, handlers
+        self.types, self.batch = normal.types, normal.batch
+        self.arrays, self.computed = arrays(normal.model), normal.computed
+        self.roles = numeric_roles(model)  # what the file's digest leaves out: a level's own values
+        self.opset = opset_of(normal.model)
         self.values: dict[str, Value] = {}
         self.codes: dict[str, str | None] = {}  # ONNX value of codes -> tensor
-        self.quantized: dict[str, Stored] = {}  # ONNX value -> float initializer that a QuantizeLinear reads
+        self.dims: dict[str, Dims] = {}  # ONNX value of codes -> its shape in the file
+        self.quantized: dict[str, Stored] = {}  # ONNX value -> stored codes, or float values that a Q reads
         self.tensors: dict[str, Tensor] = {}
-        self.ops: list[Op] = []
+        self.floats: dict[str, FloatTensor] = {}
+        self.program: list[Item] = []
         self.used: dict[str, None] = {}  # parameters in order of first use
-        self.flat: set[str] = set()  # tensors that the file sees as [1, N]
+        self.equal: dict[tuple[str, str], None] = {}  # parameters that must have equal values at every level
         self.readers: dict[str, list[NodeProto]] = {}
-        for node in model.graph.node:
+        self.makers: dict[str, NodeProto] = {}
+        for node in self.model.graph.node:
+            self.makers.update(dict.fromkeys(node.output, node))
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
 
     def read(self) -> Graph:
         """The whole graph; raises CompileError that lists every problem."""
         problems: list[str] = []
-        try:
-            input_name, input_shape = self._input()
-        except Refused as e:
-            raise CompileError(f"the model cannot be compiled: {e}") from e
+        given = self.types[self.model.graph.input[0].name]
+        if int(np.prod(given.shape)) > MAX_CODES:
+            raise CompileError(f"the model cannot be compiled: input {given.name} is too large")
+        self.floats[given.name] = given
+        self.values[given.name] = Real(given.name, given.shape)
         for node in self.model.graph.node:
             try:
                 self._node(node)
-            except Refused as e:
+            except Impossible as e:
                 problems.append(f"{node.op_type} {node.name or node.output[0]}: {e}")
                 for name in node.output:
                     self.values[name] = self.codes[name] = None
         try:
             output, output_shape, softmax = self._output()
-        except Refused as e:
+        except Impossible as e:
             if not problems or self.values.get(self.model.graph.output[0].name) is not None:
                 problems.append(str(e))
         if problems:
             raise CompileError(f"the model cannot be compiled: {'; '.join(problems)}")
-        name = self.model.graph.output[0].name
-        params = tuple(Param(n, self.arrays[n].dtype.name, self.arrays[n].shape) for n in self.used)
-        live_ops, live = _live(self.ops, output)
-        tensors = {n: t for n, t in self.tensors.items() if n in live}
-        return Graph(input_name, input_shape, name, output_shape, output, live_ops, tensors, params, softmax)
+        last = output if isinstance(output, str) else output.tensor
+        ops = arrange(self.program, last, self.arrays, self.floats, self.opset)
+        tensors = {op.output: self.tensors[op.output] for op in ops if op.output in self.tensors}
+        live = {name for op in ops for name in (*op.reads, *op.writes)}
+        return Graph(
+            given.name, (self.batch, *given.shape[1:]), self.model.graph.output[0].name, output_shape, output, ops,
+            {n: t for n, t in self.tensors.items() if n in tensors},
+            tuple(Param(n, self.arrays[n].dtype.name, self.arrays[n].shape) for n in self.used), softmax,
+            {n: t for n, t in self.floats.items() if n in live and n != given.name}, tuple(self.equal),
+        )  # fmt: skip
 
-    # inputs and outputs
-
-    def _input(self) -> tuple[str, tuple[int, ...]]:
-        inputs = [value for value in self.model.graph.input if value.name not in self.arrays]
-        if len(inputs) != 1:
-            raise Refused(f"it has {len(inputs)} inputs, exactly one is supported")
-        name, kind = inputs[0].name, inputs[0].type.tensor_type
-        dims = [d.dim_value if d.HasField("dim_value") else 0 for d in kind.shape.dim]
-        if kind.elem_type != TensorProto.FLOAT or len(dims) not in (2, 4):
-            raise Refused(f"input {name} is not float32 [1, C, H, W] or [1, N]")
-        if dims[0] not in (0, 1) or min(dims[1:]) < 1:  # an open batch is compiled for one image
-            raise Refused(f"input {name} has shape {dims}: batch 1 and fixed sizes are needed")
-        shape = _three(dims[1:])
-        if int(np.prod(shape)) > MAX_CODES:
-            raise Refused(f"input {name} is too large")
-        self.values[name] = Input(shape, len(dims) == 2)
-        return name, (1, *dims[1:])
-
-    def _output(self) -> tuple[Operand, tuple[int, ...], bool]:
+    def _output(self) -> tuple[Operand | str, tuple[int, ...], bool]:
         outputs = self.model.graph.output
         if len(outputs) != 1:
-            raise Refused(f"it has {len(outputs)} outputs, exactly one is supported")
+            raise Impossible(f"it has {len(outputs)} outputs, exactly one is supported")
         name = outputs[0].name
         value = self.values.get(name)
         softmax = isinstance(value, Result) and value.op.kind == "softmax" and (value.low, value.high) == (None, None)
-        if isinstance(value, Result) and softmax:
-            operand, flat = value.op.inputs[0], value.flat
-        elif isinstance(value, View):
-            operand, flat = value.operand, value.flat
-        else:
-            raise Refused(f"output {name} is not quantized: put QuantizeLinear and DequantizeLinear behind it")
-        shape = self.tensors[operand.tensor].shape
-        return operand, (1, int(np.prod(shape))) if flat else (1, *shape), softmax
+        if isinstance(value, Result) and softmax and value.moved is None:
+            return value.op.inputs[0], self._whole(value.dims), True
+        if isinstance(value, View):
+            return value.operand, self._whole(value.dims), False
+        if name not in self.types or name == self.model.graph.input[0].name:
+            raise Impossible(f"output {name} is no result of the network")
+        self.realize(name, "it is the network's output, without a quantizer")
+        kind = self.types[name]
+        if kind.dtype != "float32":
+            raise Impossible(f"output {name} is {kind.dtype}: only float32 can be returned")
+        return name, self._whole(kind.shape), False
+
+    def _whole(self, dims: Dims) -> Dims:
+        """Shape for the batch of a value that has `dims` for one image."""
+        return (self.batch * dims[0], *dims[1:]) if dims else ()
 
     # nodes
 
     def _node(self, node: NodeProto) -> None:
-        handler = self.handlers.get(node.op_type)
-        if node.domain not in ("", "ai.onnx") or handler is None:
-            raise Refused("this operator has no integer kernel")
-        if any(name in self.values and self.values[name] is None for name in node.input) or any(
-            name in self.codes and self.codes[name] is None for name in node.input
-        ):
+        """Read one node; what its handler refuses becomes part of a float region. Raises Impossible."""
+        if any(name in seen and seen[name] is None for name in node.input for seen in (self.values, self.codes)):
             for name in node.output:  # the cause is in the list already
                 self.values[name] = self.codes[name] = None
             return
-        handler(self, node)
+        handler = self.handlers.get(node.op_type) if not node.domain else None
+        try:
+            if handler is None:
+                raise Refused("this operator has no integer kernel")
+            handler(self, node)
+        except (IndexError, KeyError, ValueError, TypeError) as e:
+            raise Impossible(f"it has other inputs or attributes than ONNX says ({type(e).__name__}: {e})") from e
+        except Refused as e:
+            self._float(node, str(e))
+            for name in filter(None, node.output):
+                self.values[name] = Real(name, self.types[name].shape, self.types[name].dtype)
+
+    # float regions
+
+    def _float(self, node: NodeProto, reason: str) -> None:
+        """Add `node` to the float operators, and before it what it reads; raises Impossible."""
+        if node.output[0] in self.floats:
+            return
+        if node.domain:
+            raise Impossible(f"{reason}, and operators of {node.domain} have no float one either")
+        if any(a.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS) for a in node.attribute):
+            raise Impossible(f"{reason}, and control flow has no float one either: export the model without it")
+        outputs = [name for name in node.output if name]
+        if unknown := [name for name in outputs if name not in self.types]:
+            raise Impossible(f"{reason}, and the shape of its output {unknown[0]} is not fixed by the file")
+        if any(int(np.prod(self.types[name].shape)) > MAX_CODES for name in outputs):
+            raise Impossible("its output is too large")
+        node, matrix = self._plain_gemm(node)
+        reads: dict[str, None] = {}
+        params: dict[RealParam, None] = {} if matrix is None else {matrix: None}
+        for name in dict.fromkeys(filter(None, node.input)):
+            if matrix is not None and name == matrix.name:
+                continue
+            param = self._real_param(name)
+            if param is not None:
+                params[param] = None
+            elif name not in self.arrays:
+                reads[self.realize(name, f"{node.op_type} {node.name or node.output[0]} reads it in float")] = None
+        self.floats.update({name: self.types[name] for name in outputs})
+        self.program.append(FloatNode(node, reason, tuple(reads), tuple(params)))
+
+    def _plain_gemm(self, node: NodeProto) -> tuple[NodeProto, RealParam | None]:
+        """A Gemm that transposes a stored matrix becomes one of the matrix as `prepare` turns it, once a level."""
+        param = (
+            self._real_param(node.input[1]) if node.op_type == "Gemm" and attributes(node).get("transB", 0) else None
+        )
+        if param is None:
+            return node, None
+        matrix = replace(param, name=f"{param.name}.turned", turned=not param.turned)
+        plain = NodeProto()
+        plain.CopyFrom(node)
+        plain.input[1] = matrix.name
+        del plain.attribute[:]
+        plain.attribute.extend(a for a in node.attribute if a.name != "transB")
+        return plain, matrix
+
+    def _real_param(self, name: str) -> RealParam | None:
+        """What `prepare` makes of the file's tensors for a float operator; None for other values."""
+        stored = self.values.get(name)
+        if isinstance(stored, Stored) and not (stored.real or stored.clipped):
+            parts = (stored.codes, stored.scale, stored.zero_point)
+            held = all(part is None or (part in self.arrays and part not in self.computed) for part in parts)
+            if held and self._dequantizable(stored):
+                self.used.update(dict.fromkeys(part for part in parts if part is not None))
+                return RealParam(name, *parts, stored.axis, stored.turned)
+            return None
+        array = self.arrays.get(name)
+        if (
+            array is None
+            or name in self.computed
+            or (name not in self.roles and (array.dtype != np.float32 or array.size < EMBEDDED))
+        ):
+            return None
+        self.used[name] = None
+        return RealParam(name, name)
+
+    def _dequantizable(self, stored: Stored) -> bool:
+        """True for codes and parameters of the plain kinds."""
+        array, scale = self.arrays[stored.codes], self.arrays[stored.scale]
+        plain = array.dtype.name in ("int8", "uint8", "int32") and scale.dtype == np.float32
+        length = array.shape[stored.axis] if -array.ndim <= stored.axis < array.ndim else 1
+        return plain and scale.size in (1, length) and scale.ndim < 2
+
+    def realize(self, name: str, why: str) -> str:
+        """Have a value in float; returns the float tensor that holds it. Raises Impossible."""
+        value = self.values.get(name)
+        if isinstance(value, Real) or name in self.floats:
+            return name
+        if isinstance(value, View):
+            self.floats[name] = FloatTensor(name, value.dims)
+            self.program.append(Op("dequantize", name, (value.operand,), name))
+        elif name in self.codes and self.codes[name] is not None:
+            return self._own_codes(name)
+        elif name in self.makers:
+            self._float(self.makers[name], why)
+        else:
+            raise Impossible(f"its input {name} is not a value of the main graph")
+        return name
+
+    def _own_codes(self, name: str) -> str:
+        """The codes of ONNX value `name` in the file's own form."""
+        tensor, label = self.codes[name], f"{name}{CODES}"
+        assert tensor is not None
+        grid = self.tensors[tensor].quantizer.grid
+        if label not in self.floats:
+            self.floats[label] = FloatTensor(label, self.dims[name], "int8" if grid.signed else "uint8")
+            self.program.append(Op("codes", label, (Operand(tensor, grid),), label))
+        return label
+
+    # parameters
 
     def param(self, name: str, dtypes: tuple[type, ...], what: str) -> str:
         """Check and note the use of a run-time parameter."""
-        if name not in self.arrays:
-            raise Refused(f"{what} {name} is not an initializer")
-        if name not in self.roles:
-            raise Refused(f"{what} {name} is also used in another way: give it an initializer of its own")
+        if name not in self.arrays or name in self.computed:
+            raise Refused(f"{what} {name} is not an initializer of the file")
         if self.arrays[name].dtype.type not in dtypes:
             allowed = " or ".join(np.dtype(d).name for d in dtypes)
             raise Refused(f"{what} {name} is {self.arrays[name].dtype}, not {allowed}")
@@ -132,10 +250,8 @@ class Reader:
 
     def real(self, name: str, what: str) -> str:
         """Note the use of a float32 initializer that is part of the graph's structure, the same at every level."""
-        if name not in self.arrays or self.arrays[name].dtype != np.float32:
-            raise Refused(f"{what} {name} is not a float32 initializer")
-        if name in self.roles:
-            raise Refused(f"{what} {name} is also a quantizer's parameter: give it an initializer of its own")
+        if name not in self.arrays or name in self.computed or self.arrays[name].dtype != np.float32:
+            raise Refused(f"{what} {name} is not a float32 initializer of the file")
         self.used[name] = None
         return name
 
@@ -153,45 +269,64 @@ class Reader:
         zero = self.scalar(node.input[2], (np.uint8, np.int8), "zero point")
         return Quantizer(scale, zero, self.arrays[zero].dtype == np.int8)
 
+    # Q and DQ
+
     def quantize(self, node: NodeProto) -> None:
+        """QuantizeLinear of an activation, with the integer Clip behind it; or of float weights."""
         if attributes(node).get("output_dtype", 0) not in (0, TensorProto.UINT8):
             raise Refused("only uint8 without a zero point, or the zero point's own type, is supported")
-        if node.input[0] in self.arrays:
-            self.quantized[node.output[0]] = replace(_stored(node), real=True)
+        source, out, codes = node.input[0], node.output[0], node.output[0]
+        if source in self.arrays:
+            self.quantized[out] = replace(_stored(node), real=True)
             return
-        quantizer, out, codes = self._grid(node), node.output[0], node.output[0]
+        quantizer = self._grid(node)
         readers = self.readers.get(out, [])
         if len(readers) == 1 and readers[0].op_type == "Clip":
             quantizer = self._clipped(quantizer, readers[0])
             codes = readers[0].output[0]
-        self.codes[out] = self.codes[codes] = self._store(out, quantizer, self.values.get(node.input[0]), codes)
+        value = self.values.get(source)
+        try:
+            tensor = self._store(out, quantizer, value)
+        except Refused as e:
+            if not isinstance(value, Result):
+                raise
+            self.realize(source, str(e))
+            value = Real(source, self.types[source].shape)
+            tensor = self._store(out, quantizer, value)
+        self.codes[out] = self.codes[codes] = tensor
+        self.dims[out] = self.dims[codes] = _dims(value)
 
     def _clipped(self, quantizer: Quantizer, clip: NodeProto) -> Quantizer:
-        dtype = np.int8 if quantizer.signed else np.uint8
-        bounds = [self.scalar(n, (dtype,), "bound") if n else None for n in (*clip.input[1:], "", "")[:2]]
+        bounds = self._bounds(clip, np.int8 if quantizer.signed else np.uint8)
         return replace(quantizer, clip_min=bounds[0], clip_max=bounds[1])
 
-    def _store(self, name: str, quantizer: Quantizer, value: Value, codes: str) -> str:
+    def _bounds(self, clip: NodeProto, dtype: type) -> list[str | None]:
+        return [self.scalar(n, (dtype,), "bound") if n else None for n in (*clip.input[1:], "", "")[:2]]
+
+    def _store(self, name: str, quantizer: Quantizer, value: Value) -> str:
         """Emit what makes tensor `name` of `value`; returns the tensor that holds the codes."""
         if isinstance(value, View):
             source = self.tensors[value.operand.tensor]
             same = value.operand.grid == source.quantizer.grid == quantizer.grid
             clips = (quantizer.clip_min, quantizer.clip_max)
             if same and clips in ((None, None), (source.quantizer.clip_min, source.quantizer.clip_max)):
-                if value.flat and codes not in self.flat:
-                    self.flat.add(codes)
                 return source.name  # the same codes again
-            op, shape, flat = Op("requantize", name, (value.operand,), name, term=operand(0)), source.shape, value.flat
-        elif isinstance(value, Input):
-            op, shape, flat = Op("quantize", name, (), name), value.shape, value.flat
+            self.emit(
+                Op("requantize", name, (value.operand,), name, term=operand(0)), Tensor(name, source.shape, quantizer)
+            )
+        elif isinstance(value, Real) and value.dtype == "float32":
+            own = None if value.name == self.model.graph.input[0].name else value.name
+            self.emit(Op("quantize", name, (), name, source=own), Tensor(name, three(value.dims), quantizer))
         elif isinstance(value, Result):
             quantizer = replace(quantizer, low=value.low, high=value.high)
-            op, shape, flat = replace(self._tabled(value.op), output=name), value.shape, value.flat
+            target = name if value.moved is None else f"{name}.unmoved"
+            op = replace(self._tabled(value.op), output=target)
+            self.emit(op, Tensor(target, value.shape, quantizer))
+            if value.moved is not None:
+                moved = Op("shuffle", f"{op.name}.moved", (Operand(target, quantizer.grid),), name, shuffle=value.moved)
+                self.emit(moved, Tensor(name, three(value.dims), quantizer))
         else:
             raise Refused("its input is no activation")
-        if flat:
-            self.flat.add(codes)
-        self.emit(op, Tensor(name, shape, quantizer))
         return name
 
     def _tabled(self, op: Op) -> Op:
@@ -199,40 +334,63 @@ class Reader:
         if op.term is None or op.term.plain:
             return op
         if len(op.inputs) > 1:
-            raise Refused(f"{op.name} has a function of several activations: put QuantizeLinear before or behind it")
+            raise Refused("it is a function of several activations: put QuantizeLinear before or behind it")
         grid = op.inputs[0].grid
         scale = float(self.arrays[grid.scale].reshape(()))
         zero = int(self.arrays[grid.zero_point].reshape(())) if grid.zero_point is not None else 0
         zero += SHIFT if grid.signed else 0
         values = tabulate(op.term, scale, zero)
         if not np.isfinite(values).all():
-            raise Refused(f"{op.name} has values that are not finite")
+            raise Refused("some of its values are not finite")
         return replace(op, table=Table(scale, zero, tuple(values.tolist())))
 
     def emit(self, op: Op, tensor: Tensor) -> None:
         if int(np.prod(tensor.shape)) > MAX_CODES:
             raise Refused("its output is too large")
         self.tensors[tensor.name] = tensor
-        self.ops.append(op)
+        self.program.append(op)
 
     def dequantize(self, node: NodeProto) -> None:
+        """DequantizeLinear of stored codes, or of an activation's."""
         name, out = node.input[0], node.output[0]
         if name in self.arrays:
             self.values[out] = _stored(node)
             return
         if name in self.quantized:
-            given = self.quantized[name]
-            if replace(_stored(node), codes=given.codes, real=True) != given:
-                raise Refused("its scale, zero point or axis is not its QuantizeLinear's")
-            self.values[out] = given
+            self.values[out] = self._dequantized(node, self.quantized[name])
             return
         tensor = self.codes.get(name)
         if tensor is None:
             raise Refused("its input is neither an initializer nor the output of a QuantizeLinear")
-        grid = self._grid(node)
-        if grid.signed != self.tensors[tensor].quantizer.signed:
+        grid, written = self._grid(node), self.tensors[tensor].quantizer.grid
+        if grid.signed != written.signed:
             raise Refused("its zero point's type is not its QuantizeLinear's")
-        self.values[out] = View(Operand(tensor, grid), name in self.flat)
+        if self._agree(grid.scale, written.scale) and self._agree(grid.zero_point, written.zero_point):
+            grid = written
+        self.values[out] = View(Operand(tensor, grid), self.dims[name])
+
+    def _dequantized(self, node: NodeProto, given: Stored) -> Stored:
+        """What a DequantizeLinear makes of stored codes behind a Clip, or of float values behind a QuantizeLinear."""
+        own = _stored(node)
+        if not given.real:
+            return replace(own, codes=given.codes, clip_min=given.clip_min, clip_max=given.clip_max)
+        same = self._agree(own.scale, given.scale) and self._agree(own.zero_point, given.zero_point)
+        if not same or (own.axis != given.axis and self.arrays[own.scale].size > 1):
+            raise Refused("its scale, zero point or axis is not its QuantizeLinear's")
+        return given
+
+    def _agree(self, one: str | None, other: str | None) -> bool:
+        """True for equal parameters; two of them under different names then have to be equal at every level."""
+        if one == other:
+            return True
+        if one not in self.arrays or other not in self.arrays or self.computed & {one, other}:
+            return False
+        a, b = self.arrays[one], self.arrays[other]
+        if a.dtype != b.dtype or a.size != b.size or not np.array_equal(a.reshape(-1), b.reshape(-1)):
+            return False
+        self.equal[one, other] = None
+        self.used.update({one: None, other: None})
+        return True
 
     def clip_codes(self, node: NodeProto) -> None:
         """An integer Clip: read with its QuantizeLinear, or a second width of codes that others read too."""
@@ -241,10 +399,22 @@ class Reader:
         assert tensor is not None  # refused values are caught before
         if node.output[0] in self.codes:
             return
-        old = self.tensors[tensor].quantizer
-        view = View(Operand(tensor, old.grid), source in self.flat)
-        clipped = self._clipped(old.grid, node)
-        self.codes[node.output[0]] = self._store(node.output[0], clipped, view, node.output[0])
+        old, out = self.tensors[tensor].quantizer, node.output[0]
+        view = View(Operand(tensor, old.grid), self.dims[source])
+        self.codes[out] = self._store(out, self._clipped(old.grid, node), view)
+        self.dims[out] = view.dims
+
+    def clip_stored(self, node: NodeProto) -> None:
+        """An integer Clip of stored codes, or of float weights behind their QuantizeLinear."""
+        source = node.input[0]
+        given = self.quantized.get(source, Stored(source, "", None, 0))
+        if given.clipped:
+            raise Refused("its input is cut already")
+        kind = self.types[source].dtype
+        if kind not in ("int8", "uint8"):
+            raise Refused(f"its input is {kind}")
+        low, high = self._bounds(node, np.dtype(kind).type)
+        self.quantized[node.output[0]] = replace(given, clip_min=low, clip_max=high)
 
     # what operators ask for
 
@@ -255,26 +425,44 @@ class Reader:
             return value
         if isinstance(value, Result):
             raise Refused(f"input {name} of {value.op.name} is not quantized: put QuantizeLinear behind it")
+        if isinstance(value, Real):
+            raise Refused(f"input {name} is float: put QuantizeLinear and DequantizeLinear before it")
         raise Refused(f"input {name} is not a quantized activation")
 
     def image(self, node: NodeProto) -> tuple[View, Shape]:
         """The first input as [1, C, H, W]; raises Refused."""
         view = self.view(node.input[0])
-        if view.flat:
-            raise Refused("its input is not [1, C, H, W]")
+        if len(view.dims) != 4 or view.dims[0] != 1:
+            raise Refused(f"its input {list(view.dims)} is not [1, C, H, W]")
+        view = self.shaped(view)
         return view, self.tensors[view.operand.tensor].shape
 
+    def shaped(self, view: View) -> View:
+        """The same values in a tensor of shape three(dims): itself, or a copy."""
+        shape = three(view.dims)
+        if self.tensors[view.operand.tensor].shape == shape:
+            return view
+        return self.shuffled(view, Shuffle((prod(shape),), (1,)), view.dims, f"{view.operand.tensor}.{shape}")
+
+    def shuffled(self, view: View, shuffle: Shuffle, dims: Dims, name: str) -> View:
+        """A copy of a tensor's codes in another order, as a tensor of shape three(dims)."""
+        if name not in self.tensors:
+            op = Op("shuffle", name, (view.operand,), name, shuffle=shuffle)
+            self.emit(op, Tensor(name, three(dims), view.operand.grid))
+        return View(Operand(name, view.operand.grid), dims)
+
     def shape_of(self, value: View | Result) -> Shape:
-        """[C, H, W] of an activation."""
+        """[C, H, W] of an activation's tensor."""
         return self.tensors[value.operand.tensor].shape if isinstance(value, View) else value.shape
 
-    def put(self, node: NodeProto, op: Op, shape: Shape, flat: bool) -> None:
+    def put(self, node: NodeProto, op: Op, shape: Shape, dims: Dims, moved: Shuffle | None = None) -> None:
         """The node's output waits for its quantizer."""
         if min(shape) < 1:
             raise Refused(f"its window does not fit: the output would be {list(shape)}")
-        self.values[node.output[0]] = Result(replace(op, name=node.name or node.output[0]), shape, flat)
+        named = replace(op, name=node.name or node.output[0])
+        self.values[node.output[0]] = Result(named, shape, dims, moved=moved)
 
-    def put_moved(self, node: NodeProto, op: Op, shape: Shape, flat: bool) -> None:
+    def put_moved(self, node: NodeProto, op: Op, shape: Shape, dims: Dims) -> None:
         """The node moves codes, so its output has its input's grid at once, whether or not a quantizer follows."""
         if min(shape) < 1:
             raise Refused(f"its window does not fit: the output would be {list(shape)}")
@@ -284,7 +472,7 @@ class Reader:
             grid = replace(source, low=None, high=None)  # its codes are in the same integer bounds
         name = f"{node.output[0]}.moved"
         self.emit(replace(op, name=node.name or node.output[0], output=name), Tensor(name, shape, grid))
-        self.values[node.output[0]] = View(Operand(name, operand.grid), flat)
+        self.values[node.output[0]] = View(Operand(name, operand.grid), dims)
 
     def numbers(self, node: NodeProto, attribute: str, place: int) -> list[int] | None:
         """Integers that older opsets keep in an attribute and newer ones in input `place`; None where neither is."""
@@ -303,15 +491,6 @@ def _stored(node: NodeProto) -> Stored:
     return Stored(node.input[0], node.input[1], zero, axis if isinstance(axis, int) else 1)
 
 
-def _three(dims: list[int]) -> tuple[int, int, int]:
-    return (dims[0], dims[1], dims[2]) if len(dims) == 3 else (dims[0], 1, 1)
-
-
-def _live(ops: list[Op], output: Operand) -> tuple[tuple[Op, ...], set[str]]:
-    """The operators that the output needs, and the tensors that they make."""
-    needed, kept = {output.tensor}, []
-    for op in reversed(ops):
-        if op.output in needed:
-            kept.append(op)
-            needed.update(operand.tensor for operand in op.inputs)
-    return tuple(reversed(kept)), needed
+def _dims(value: Value) -> Dims:
+    assert isinstance(value, View | Result | Real)
+    return value.dims

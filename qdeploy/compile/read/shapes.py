@@ -1,51 +1,46 @@
-"""What moves codes or only renames axes: reshapes, concatenation, padding, nearest resize."""
+"""What only renames axes, concatenation, padding, nearest resize."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 
 import numpy as np
 from onnx import NodeProto
 
 from qdeploy.compile.graph import Op, Window
 from qdeploy.compile.read.reader import Reader
-from qdeploy.compile.read.values import Refused, Result, View
+from qdeploy.compile.read.values import Refused, Result, View, three
 from qdeploy.qdq import attributes
 
 
-def _activation(reader: Reader, node: NodeProto) -> tuple[View | Result, list[int]]:
-    """The first input and its shape in the file."""
+def _activation(reader: Reader, node: NodeProto) -> View | Result:
+    """The first input."""
     value = reader.values.get(node.input[0])
     if not isinstance(value, View | Result):
         raise Refused("its input is not an activation")
-    shape = reader.shape_of(value)
-    return value, [1, int(np.prod(shape))] if value.flat else [1, *shape]
+    return value
 
 
-def _renamed(reader: Reader, node: NodeProto, dims: list[int]) -> None:
-    """The first input seen as `dims`."""
-    value, _ = _activation(reader, node)
-    shape = reader.shape_of(value)
-    if dims == [1, int(np.prod(shape))]:
-        flat = True
-    elif dims == [1, *shape]:
-        flat = False
-    else:
-        raise Refused(f"only a reshape to [1, N] and back is supported, not {[1, *shape]} to {dims}")
-    reader.values[node.output[0]] = replace(value, flat=flat)
+def _renamed(reader: Reader, node: NodeProto, dims: Sequence[int]) -> None:
+    """The first input seen as `dims`: no code moves until an operator needs it in a tensor of that shape."""
+    reader.values[node.output[0]] = replace(_activation(reader, node), dims=tuple(dims))
 
 
 def flatten(reader: Reader, node: NodeProto) -> None:
-    """Flatten behind the batch."""
-    _, dims = _activation(reader, node)
-    if int(attributes(node).get("axis", 1)) not in (1, 1 - len(dims)):
-        raise Refused("only axis 1 is supported")
-    _renamed(reader, node, [1, int(np.prod(dims))])
+    """Flatten to a matrix."""
+    dims = _activation(reader, node).dims
+    axis = int(attributes(node).get("axis", 1))
+    if not -len(dims) <= axis <= len(dims):
+        raise Refused(f"axis {axis} is none of {list(dims)}")
+    axis += len(dims) if axis < 0 else 0
+    _renamed(reader, node, (prod(dims[:axis]), prod(dims[axis:])))
 
 
 def reshape(reader: Reader, node: NodeProto) -> None:
-    """Reshape to [1, N] and back; 0 copies a size and -1 takes what is left."""
-    _, dims = _activation(reader, node)
+    """Reshape; 0 copies a size and -1 takes what is left."""
+    dims = _activation(reader, node).dims
     target = reader.numbers(node, "shape", 1)
     if target is None or attributes(node).get("allowzero", 0):
         raise Refused("its shape is not stored in the file, or has allowzero")
@@ -53,29 +48,31 @@ def reshape(reader: Reader, node: NodeProto) -> None:
         raise Refused(f"its shape {target} is malformed")
     sizes = [dims[i] if n == 0 else n for i, n in enumerate(target)]
     if -1 in sizes:
-        sizes[sizes.index(-1)] = int(np.prod(dims)) // max(1, -int(np.prod(sizes)))
-    if int(np.prod(sizes)) != int(np.prod(dims)):
-        raise Refused(f"{dims} does not fit into {target}")
+        sizes[sizes.index(-1)] = prod(dims) // max(1, -prod(sizes))
+    if prod(sizes) != prod(dims):
+        raise Refused(f"{list(dims)} does not fit into {target}")
     _renamed(reader, node, sizes)
 
 
 def squeeze(reader: Reader, node: NodeProto) -> None:
-    """Squeeze of H and W."""
-    _, dims = _activation(reader, node)
+    """Squeeze of named axes."""
+    dims = _activation(reader, node).dims
     axes = reader.numbers(node, "axes", 1)
-    if axes is None or any(dims[axis] != 1 for axis in axes if -len(dims) <= axis < len(dims)):
+    if axes is None or any(not -len(dims) <= axis < len(dims) or dims[axis] != 1 for axis in axes):
         raise Refused("only named axes of size 1 can go")
     gone = {axis % len(dims) for axis in axes}
     _renamed(reader, node, [n for i, n in enumerate(dims) if i not in gone])
 
 
 def unsqueeze(reader: Reader, node: NodeProto) -> None:
-    """Unsqueeze of [1, N] to [1, N, 1, 1]."""
-    _, dims = _activation(reader, node)
+    """Unsqueeze: axes of size 1."""
+    dims = _activation(reader, node).dims
     axes = reader.numbers(node, "axes", 1) or []
     rank = len(dims) + len(axes)
     new, rest = {axis % rank for axis in axes}, iter(dims)
-    _renamed(reader, node, [1 if i in new or len(new) < len(axes) else next(rest) for i in range(rank)])
+    if len(new) < len(axes):
+        raise Refused(f"axes {axes} are not different ones")
+    _renamed(reader, node, [1 if i in new else next(rest) for i in range(rank)])
 
 
 def identity(reader: Reader, node: NodeProto) -> None:
@@ -84,9 +81,9 @@ def identity(reader: Reader, node: NodeProto) -> None:
     if len(node.output) > 1:
         raise Refused("its second output is not supported")
     if source in reader.codes:
-        reader.codes[out] = reader.codes[source]
-        if source in reader.flat:
-            reader.flat.add(out)
+        reader.codes[out], reader.dims[out] = reader.codes[source], reader.dims[source]
+    elif source in reader.quantized:
+        reader.quantized[out] = reader.quantized[source]
     elif source in reader.values:
         reader.values[out] = reader.values[source]
     else:
@@ -96,14 +93,15 @@ def identity(reader: Reader, node: NodeProto) -> None:
 def concat(reader: Reader, node: NodeProto) -> None:
     """Concat over channels; each part is requantized to the quantizer behind it."""
     views = [reader.view(name) for name in node.input]
-    shapes = [reader.shape_of(view) for view in views]
-    flat, axis = views[0].flat, int(attributes(node).get("axis", 0))
-    if any(view.flat != flat for view in views) or axis not in ((1, -1) if flat else (1, -3)):
+    rank, axis = len(views[0].dims), int(attributes(node).get("axis", 0))
+    if any(len(view.dims) != rank or view.dims[0] != 1 for view in views) or axis not in (1, 1 - rank) or rank > 4:
         raise Refused("only concatenation over channels (axis 1) is supported")
-    if any(shape[1:] != shapes[0][1:] or (flat and shape[1:] != (1, 1)) for shape in shapes):
-        raise Refused(f"{', '.join(str([1, *shape]) for shape in shapes)} do not fit together")
-    op = Op("concat", "", tuple(view.operand for view in views), "")
-    reader.put(node, op, (sum(shape[0] for shape in shapes), *shapes[0][1:]), flat)
+    if any(view.dims[2:] != views[0].dims[2:] for view in views):
+        raise Refused(f"{', '.join(str(list(view.dims)) for view in views)} do not fit together")
+    views = [reader.shaped(view) for view in views]
+    channels = sum(view.dims[1] for view in views)
+    dims = (1, channels, *views[0].dims[2:])
+    reader.put(node, Op("concat", "", tuple(view.operand for view in views), ""), three(dims), dims)
 
 
 def pad(reader: Reader, node: NodeProto) -> None:
@@ -121,7 +119,7 @@ def pad(reader: Reader, node: NodeProto) -> None:
     top, left, bottom, right = pads[2], pads[3], pads[6], pads[7]
     window = Window((1, 1), (1, 1), (top, left, bottom, right))
     shape = (channels, height + top + bottom, width + left + right)
-    reader.put_moved(node, Op("move", "", (view.operand,), "", window), shape, False)
+    reader.put_moved(node, Op("move", "", (view.operand,), "", window), shape, (1, *shape))
 
 
 def _is_zero(reader: Reader, node: NodeProto) -> bool:
@@ -147,7 +145,7 @@ def resize(reader: Reader, node: NodeProto) -> None:
     down, across = int(factors[2]), int(factors[3])
     window = Window((1, 1), (down, across))
     shape = (channels, height * down, width * across)
-    reader.put_moved(node, Op("move", "", (view.operand,), "", window), shape, False)
+    reader.put_moved(node, Op("move", "", (view.operand,), "", window), shape, (1, *shape))
 
 
 def _factors(reader: Reader, node: NodeProto, dims: list[int]) -> list[float] | None:

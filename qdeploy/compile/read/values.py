@@ -4,23 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from qdeploy.compile.graph import Op, Operand, Pair, Window
+from qdeploy.compile.graph import Op, Operand, Pair, Shuffle, Window
 
 Shape = tuple[int, int, int]  # C, H, W
 
 
+Dims = tuple[int, ...]  # a value's shape in the file
+
+
 class Refused(Exception):
-    """Why one node cannot be taken."""
+    """Why one node has no integer kernel."""
+
+
+class Impossible(Exception):
+    """Why one node can run neither in integers nor in float."""
+
+
+def three(dims: Dims) -> Shape:
+    """[C, H, W] of a value of shape `dims`, its elements in the same order: [1, C, H, W], [1, C, L] as [C, 1, L],
+    [1, N] as [N, 1, 1].
+    """
+    rest = dims[1:] if len(dims) > 1 and dims[0] == 1 else dims
+    if len(rest) == 2:
+        return rest[0], 1, rest[1]
+    if len(rest) > 3:
+        return prod(rest[:-2]), rest[-2], rest[-1]
+    first, height, width = (*rest, 1, 1, 1)[:3]
+    return first, height, width
 
 
 @dataclass(frozen=True)
 class View:
-    """The real values of an activation; `flat` says that the file sees [1, C * H * W]."""
+    """The real values of an activation's codes, seen as `dims`: its elements c, h, w in the file's order."""
 
     operand: Operand
-    flat: bool
+    dims: Dims
 
 
 @dataclass(frozen=True)
@@ -28,35 +49,49 @@ class Result:
     """An operator without its output; real values are cut to [low, high] before they are quantized.
 
     Element-wise operators (those with a term) may go on into others; all others need a QuantizeLinear behind them.
+    `moved` puts their codes into the file's order.
     """
 
     op: Op
     shape: Shape
-    flat: bool
+    dims: Dims
     low: float | None = None
     high: float | None = None
+    moved: Shuffle | None = None
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A DequantizeLinear over an initializer: codes, or `real` float32 values with a QuantizeLinear of its own."""
+    """A DequantizeLinear over an initializer: codes, or `real` float32 values with a QuantizeLinear of its own.
+
+    Codes are cut to [clip_min, clip_max]; `turned` says that the file reads the matrix with its axes exchanged.
+    """
 
     codes: str
     scale: str
     zero_point: str | None
     axis: int
     real: bool = False
+    clip_min: str | None = None
+    clip_max: str | None = None
+    turned: bool = False
+
+    @property
+    def clipped(self) -> bool:
+        """A Clip cuts the codes."""
+        return self.clip_min is not None or self.clip_max is not None
 
 
 @dataclass(frozen=True)
-class Input:
-    """The network's float input."""
+class Real:
+    """Values in the file's own type and order: the network's input, and what operators without integer kernels make."""
 
-    shape: Shape
-    flat: bool
+    name: str
+    dims: Dims
+    dtype: str = "float32"
 
 
-Value = View | Result | Stored | Input | None  # None: made by a node that was refused already
+Value = View | Result | Stored | Real | None  # None: made by a node that cannot be taken at all
 
 
 def _numbers(a: Mapping[str, Any], name: str, count: int, default: int, least: int) -> tuple[int, ...]:
