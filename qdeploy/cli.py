@@ -83,16 +83,20 @@ def main() -> None:
 def train(recipe: Path, out: Path, data_dir: Path | None, threads: int) -> None:
     """Train the network of RECIPE (models/NAME.toml): float phase, then all widths together.
 
-    Ctrl-C, or a killed process, loses at most 20 seconds: the same command resumes.
+    Ctrl-C, or a killed process, loses at most 20 seconds: the same command resumes. Several processes share each batch
+    under torchrun: torchrun --nproc-per-node 2 --no-python qdeploy train RECIPE --out RUN
     """
     import torch
 
+    from qdeploy.quant.parallel import joined, rank
     from qdeploy.recipe import load_recipe
     from qdeploy.train.run import train as run
 
     torch.set_num_threads(threads)
-    report = run(load_recipe(recipe), out, data_dir, say)
-    click.echo(json.dumps(report))
+    with joined():
+        report = run(load_recipe(recipe), out, data_dir, say)
+        if rank() == 0:
+            click.echo(json.dumps(report))
 
 
 @main.command()
@@ -256,6 +260,25 @@ def inspect(path: Path, as_json: bool) -> None:
 )
 @click.option("--constant", is_flag=True, help="Pack the parameters of MODEL into the artifact, which then needs none.")
 @click.option("--shape", metavar="NAME=1,3,224,224", help="Sizes of the input where the file leaves some open.")
+@click.option(
+    "--weights",
+    type=click.Choice(["int8", "packed"]),
+    default="int8",
+    show_default=True,
+    help="packed: weights with at most 16 different codes take 4 bits each in memory.",
+)
+@click.option(
+    "--tune",
+    metavar="SECONDS",
+    type=click.FloatRange(0, min_open=True),
+    help="Measure ways to compute convolutions on this machine for so long, and take the fastest.",
+)
+@click.option(
+    "--tune-cache",
+    metavar="FILE",
+    type=PATH,
+    help="Of what was measured (default with --tune: qdeploy/tune.json in the user's cache folder).",
+)
 @click.option("--dump", type=PATH, help="Write each phase of the pipeline here.")
 @force
 def compile_(  # noqa: PLR0913, PLR0917
@@ -266,6 +289,9 @@ def compile_(  # noqa: PLR0913, PLR0917
     threads: int,
     constant: bool,
     shape: str | None,
+    weights: str,
+    tune: float | None,
+    tune_cache: Path | None,
     dump: Path | None,
     force: bool,
 ) -> None:
@@ -277,14 +303,17 @@ def compile_(  # noqa: PLR0913, PLR0917
     check_tvm()
     from qdeploy.compile.pipeline import Options, compile_model
     from qdeploy.compile.read.normalize import parse_shape
+    from qdeploy.profile.lint import lint, lint_lines
     from qdeploy.target import auto_targets, load_target
 
     targets = auto_targets() if target is None else load_target(target)
-    options = Options(threads, constant, None if shape is None else parse_shape(shape))
+    sizes = None if shape is None else parse_shape(shape)
+    options = Options(threads, constant, sizes, weights == "packed", tune or 0.0, tune_cache)
     info = compile_model(model, targets, out, force, dump, say, options)
     for variant in info["variants"]:
         text = f"{len(variant['kernels'])} kernels, arena {variant['arena_bytes']} bytes"
         click.echo(f"{out}: {variant['target']['name']}, {text}")
+    click.echo("\n".join(lint_lines(lint(out, model, info))))
 
 
 @main.command()

@@ -269,6 +269,13 @@ def _artifact(path: Path) -> Description:
             if sha256(data) != digest:
                 raise BundleError(f"{path / name} is not the file that artifact.json names: compile it again")
             files.append({"file": name, "bytes": len(data), "sha256": digest})
+        kernels = head["variants"][0]["kernels"]
+        reasons = [
+            {key: row[key] for key in ("operator", "name", "reason")}
+            for kernel in kernels
+            if kernel["arithmetic"] != "integer"
+            for row in kernel.get("nodes", [kernel])
+        ]
         return {
             "kind": "compiled artifact",
             "graph": head["graph"],
@@ -278,7 +285,8 @@ def _artifact(path: Path) -> Description:
             "parameters": len(head["params"]),
             "versions": dict(head["versions"]),
             "files": files,
-            "kernels": [dict(kernel) for kernel in head["variants"][0]["kernels"]],
+            "not integer": reasons,
+            "kernels": [{key: value for key, value in kernel.items() if key != "nodes"} for kernel in kernels],
         }
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
         raise BundleError(f"{path}/artifact.json is damaged ({e!r}): compile it again") from e

@@ -42,6 +42,14 @@ def fashion_sample() -> Dataset:
 
 
 @pytest.fixture(scope="session")
+def device_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of a process on a machine without torch, as devices are; TVM loads torch where there is one."""
+    folder = tmp_path_factory.mktemp("device")
+    (folder / "torch.py").write_text("raise ImportError('no torch on a device')\n")
+    return os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{Path(__file__).parents[1]}"}
+
+
+@pytest.fixture(scope="session")
 def elastic_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short EQ-Net training with held-out images. Shared: do not write into it."""
     from qdeploy.train.run import train

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from qdeploy.cli import main
 from qdeploy.demo import fetched_twice
 from qdeploy.serve.byte_log import Sent
 
@@ -35,9 +37,8 @@ def test_the_demo_climbs_and_fetches_nothing_twice(tmp_path: Path) -> None:
 
 def test_a_folder_with_something_else_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    command = [sys.executable, "-m", "qdeploy.cli", "demo", "-o", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "not an output of qdeploy" in done.stderr
+    done = CliRunner().invoke(main, ["demo", "-o", str(tmp_path)])
+    assert done.exit_code == 2 and "not an output of qdeploy" in done.stderr
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
 

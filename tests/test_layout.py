@@ -36,8 +36,8 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "data": ("errors files", "numpy", ""),
     "selftest": ("errors", "", "numpy tvm"),
     # what the stages share
-    "nets": ("errors", "torch", ""),
-    "quant": ("errors space recipe frozen", "numpy torch", ""),
+    "nets": ("errors space", "torch", ""),
+    "quant": ("errors space recipe frozen nets", "numpy torch", ""),
     "qdq": ("errors files", "numpy onnx google", ""),  # google.protobuf, which onnx brings
     "bundle": ("errors files", "numpy", ""),  # the format itself: the device side stands on it
     "nesting": ("errors bundle", "numpy", ""),
@@ -54,7 +54,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "compile.artifact": ("errors files target", "numpy", "tvm"),  # loading one: the device side does so too
     "compile": (
         "errors files target cost selftest qdq integer frozen compile.artifact",
-        "numpy onnx tvm",
+        "numpy onnx tvm tvm_ffi",
         "onnxruntime",
     ),
     "profile": (

@@ -27,27 +27,26 @@ def fake(folder: Path, tvm: str | None, **versions: str) -> Path:
     return folder
 
 
-def check(folder: Path) -> subprocess.CompletedProcess[str]:
+def check(folder: Path, others: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """`check_tvm` in a fresh process with `folder` first on its path; says whether the process imported tvm."""
     code = "import sys\nfrom qdeploy.selftest import check_tvm\ncheck_tvm()\nprint('tvm' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    environment = others | {"PYTHONPATH": f"{folder}{os.pathsep}{others['PYTHONPATH']}"}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
-def test_pinned_pair_passes_without_import(tmp_path: Path) -> None:
-    done = check(fake(tmp_path, CRASH))
+def test_pinned_pair_passes_without_import(tmp_path: Path, device_environment: dict[str, str]) -> None:
+    done = check(fake(tmp_path, CRASH), device_environment)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
-def test_probe_passes_here() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "qdeploy.selftest"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+def test_probe_passes_here(device_environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "qdeploy.selftest"]
+    done = subprocess.run(command, cwd=ROOT, env=device_environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "the compiler works\n"), done.stderr
 
 
-def test_other_version_that_works_passes(tmp_path: Path) -> None:
-    done = check(fake(tmp_path, None, apache_tvm_ffi="0.9.9"))
+def test_other_version_that_works_passes(tmp_path: Path, device_environment: dict[str, str]) -> None:
+    done = check(fake(tmp_path, None, apache_tvm_ffi="0.9.9"), device_environment)
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
@@ -61,8 +60,8 @@ def test_other_version_that_works_passes(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_broken_version_is_one_line(tmp_path: Path, tvm: str, text: str) -> None:
-    done = check(fake(tmp_path, tvm, apache_tvm_ffi="0.1.15.post2"))
+def test_broken_version_is_one_line(tmp_path: Path, tvm: str, text: str, device_environment: dict[str, str]) -> None:
+    done = check(fake(tmp_path, tvm, apache_tvm_ffi="0.1.15.post2"), device_environment)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"qdeploy.errors.DeviceError: {text}pip install apache-tvm-ffi==0.1.14.post1"
 

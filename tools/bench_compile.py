@@ -3,9 +3,11 @@
     python tools/bench_compile.py [--target FILE]... [--networks NAME,...] [--data-dir DIR] [--images N] [-o JSON]
 
 For each target: compile time, bytes of code and of the arena (beside them the arena with the largest tensors placed
-first, and what no plan can go below), milliseconds (medians over interleaved rounds, quartiles behind them), ratios
-(above 1: the artifact is faster) and how many of N real images give another output than ONNX Runtime. A network that
-the compiler refuses is a row that says so and counts as missing. What this machine cannot run is "not measured".
+first, and what no plan can go below), what parameters as arguments cost beside constants (milliseconds to pack a level,
+once, and the time of a run over that with the level of `--constant`), milliseconds (medians over interleaved rounds,
+quartiles behind them), ratios (above 1: the artifact is faster) and how many of N real images give another output than
+ONNX Runtime. A network that the compiler refuses is a row that says so and counts as missing. What this machine cannot
+run is "not measured".
 """
 
 from __future__ import annotations
@@ -31,17 +33,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from zoo import ROOT, ZOO, Images, Model, make
 
 from qdeploy.compile.artifact import Artifact, Packed
+from qdeploy.compile.fuse import fuse
 from qdeploy.compile.llvm import Resolved, resolve
 from qdeploy.compile.lower import lower
-from qdeploy.compile.pipeline import compile_model
+from qdeploy.compile.pipeline import Options, compile_model
 from qdeploy.compile.plan import plan
 from qdeploy.compile.read.handlers import read_graph
 from qdeploy.errors import CompileError, DeviceError, QDeployError
 from qdeploy.files import write_atomic
 from qdeploy.profile.latency import load_pair, machine, ort_runner, rounds, summary
+from qdeploy.profile.peak import fastest
 from qdeploy.profile.report import machine_line
-from qdeploy.qdq import load_model
-from qdeploy.target import load_target, missing_features
+from qdeploy.qdq import arrays, load_model
+from qdeploy.target import load_target, missing_features, request_tiles
 
 SMALL = 64  # pixels; smaller networks are checked on more images
 PEERS = {"onnxruntime": "ORT", "openvino": "OpenVINO", "float": "ORT fp32"}
@@ -108,10 +112,12 @@ def differing(ours: Callable[[np.ndarray], np.ndarray], model: Model, count: int
 def compiled(model: Model, resolved: Resolved, folder: Path) -> tuple[dict[str, Any], Artifact, Packed]:
     """Compile, with its figures; raises CompileError."""
     start = time.perf_counter()
-    description = compile_model(model.qdq, resolved.target, folder, force=True)
+    description = compile_model(model.qdq, resolved.target, folder, force=True, options=Options(constant=True))
     seconds = time.perf_counter() - start
     artifact, packed, _ = load_pair(folder, model.qdq)
+    values = arrays(load_model(model.qdq)[1])
     figures = {
+        "prepare_ms": 1e3 * fastest(lambda: artifact.prepare(values)),
         "compile_seconds": seconds,
         "library_bytes": (folder / "lib.so").stat().st_size,
         "arena_bytes": description["variants"][0]["arena_bytes"],
@@ -122,7 +128,7 @@ def compiled(model: Model, resolved: Resolved, folder: Path) -> tuple[dict[str, 
 
 def arenas(model: Model, resolved: Resolved) -> dict[str, int]:
     """Bytes of the arena when the largest tensors are placed first, and what no plan can go below."""
-    program = lower(read_graph(load_model(model.qdq)[1]), resolved.dot)
+    program = lower(fuse(read_graph(load_model(model.qdq)[1]), resolved.dot.lookup != "none"), resolved.dot)
     found = plan(program.values, program.lives())
     return {"arena_by_size": found.by_size, "arena_bound": found.bound}
 
@@ -137,7 +143,8 @@ def measure(model: Model, resolved: Resolved, images: Images, args: argparse.Nam
             reason = str(e).removeprefix("the model cannot be compiled: ")
             return row | {"refused": reason.split("; ")[0], "refusals": len(reason.split("; "))}
         x = next(images.inputs(model.name, "test", 1))
-        runners = {"artifact": artifact.runner(x, packed), "onnxruntime": ort_runner(model.qdq.read_bytes(), x)[0]}
+        runners = {"artifact": artifact.runner(x, packed), "constant": artifact.runner(x)}
+        runners["onnxruntime"] = ort_runner(model.qdq.read_bytes(), x)[0]
         try:
             runners["openvino"] = openvino_runner(model.qdq, x).run
         except (ImportError, RuntimeError) as e:
@@ -151,6 +158,7 @@ def measure(model: Model, resolved: Resolved, images: Images, args: argparse.Nam
         mine = row["ms"]["artifact"]
         for key in ("median", "least"):
             row[f"ratio_{key}"] = {n: row["ms"][n][key] / mine[key] for n in runners if n != "artifact"}
+        row["arguments_over_constants"] = mine["least"] / row["ms"]["constant"]["least"]
         row["ratio"] = row[f"ratio_{args.by}"]
         count = args.images or (1000 if ZOO[model.name].size <= SMALL else 100)
         row["outputs"] = differing(lambda image: artifact.run(image, packed), model, count, images)
@@ -168,6 +176,7 @@ def cell(row: dict[str, Any], name: str) -> str:
 
 HEAD = (
     f"{'network':19} {'weights':9} {'compile':>8} {'library':>9} {'arena':>9} {'by size':>9} {'bound':>9} "
+    f"{'prepare ms':>10} {'/const':>6} "
     f"{'artifact ms (quartiles)':>24} "
     f"{'ORT int8 ms':>24} {'OpenVINO int8 ms':>24} {'ORT fp32 ms':>24} {'/ORT':>6} {'/OV':>6} {'/fp32':>6}  differing"
 )
@@ -181,6 +190,7 @@ def line(row: dict[str, Any]) -> str:
     outputs = row["outputs"]
     text = f"{start} {row['compile_seconds']:6.1f} s {row['library_bytes']:>9,} {row['arena_bytes']:>9,}"
     text += f" {row['arena_by_size']:>9,} {row['arena_bound']:>9,}"
+    text += f" {row['prepare_ms']:>10.2f} {row['arguments_over_constants']:>6.3f}"
     text += "".join(f" {cell(row, name):>24}" for name in ("artifact", *PEERS))
     text += "".join(f" {row['ratio'][name]:6.2f}" if name in row["ratio"] else f" {'-':>6}" for name in PEERS)
     text += f"  {outputs['differing']} of {outputs['images']}"
@@ -220,6 +230,9 @@ def bench(target_path: Path, args: argparse.Namespace) -> dict[str, Any]:
     if lacking := missing_features(resolved.features):
         print(f"not measured: this machine lacks {', '.join(lacking)}")
         return result | {"not_measured": lacking}
+    if resolved.dot.tiles and not request_tiles():
+        print("not measured: this system keeps AMX tiles from processes")
+        return result | {"not_measured": ["tiles"]}
     result["dot"] = resolved.dot.instruction
     print(f"cpu {resolved.cpu}, dot product {resolved.dot.instruction}; OpenVINO held to {result['held'] or 'nothing'}")
     images = Images(args.data_dir)

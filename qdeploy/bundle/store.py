@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from qdeploy.errors import BundleError
 from qdeploy.files import read_bytes, sha256
 
 ReadPiece = Callable[[int], bytes]  # index of a piece -> its decoded bytes; raises BundleError unless they verify
+RawPart = tuple[int, str, bytes]  # planes, layout, bytes
+# (parts, weights, shift, bias) -> uint8 codes; `Artifact.join` of qdeploy/compile/artifact.py is one
+Join = Callable[[Sequence[RawPart], int, int, int], np.ndarray]
 
 RELEASE_NAME = "release.json"
 
@@ -73,14 +76,20 @@ def decode_piece(piece: Piece, coded: bytes, what: str = "a piece") -> bytes:
     return decode(piece.codec, coded, piece.raw, what)
 
 
-def _codes(manifest: Manifest, index: int, level: Level, area: Initializer, read: ReadPiece) -> np.ndarray:
-    """Container codes of tensor number `index` at a level, in the tensor's shape."""
+def _codes(
+    manifest: Manifest, index: int, level: Level, area: Initializer, read: ReadPiece, compiled: Join | None = None
+) -> np.ndarray:
+    """Container codes of tensor number `index` at a level, in the tensor's shape; by `compiled` where it can."""
     tensor, entry = manifest.tensors[index], level.tensors[index]
-    return container(tensor_prefix(tensor, area, entry.bits, read), entry, area.dtype, tensor.caps)
+    if compiled is None or not isinstance(entry.offset, int) or not entry.bits:
+        return container(tensor_prefix(tensor, area, entry.bits, read), entry, area.dtype, tensor.caps)
+    bias = entry.offset - ((1 << entry.bits >> 1) << entry.shift)
+    codes = compiled(tensor_parts(tensor, area, entry.bits, read), area.count, entry.shift, bias)
+    return codes.view(area.dtype).reshape(area.shape)
 
 
-def tensor_prefix(tensor: Tensor, area: Initializer, bits: int, read: ReadPiece) -> np.ndarray:
-    """The first `bits` planes of a weight tensor as prefixes (see `planes.join`)."""
+def tensor_parts(tensor: Tensor, area: Initializer, bits: int, read: ReadPiece) -> list[RawPart]:
+    """The parts of a weight tensor that hold its first `bits` planes."""
     parts, held = [], 0
     for part in tensor.parts:
         if held + part.bits > bits:
@@ -88,7 +97,12 @@ def tensor_prefix(tensor: Tensor, area: Initializer, bits: int, read: ReadPiece)
         length = part_bytes(part, packed_weights(tensor, area.shape, held))
         parts.append((part.bits, part.layout, read(part.piece)[part.start : part.start + length]))
         held += part.bits
-    return join(parts, area.shape, tensor.caps)
+    return parts
+
+
+def tensor_prefix(tensor: Tensor, area: Initializer, bits: int, read: ReadPiece) -> np.ndarray:
+    """The first `bits` planes of a weight tensor as prefixes (see `planes.join`)."""
+    return join(tensor_parts(tensor, area, bits, read), area.shape, tensor.caps)
 
 
 def remembering(read: ReadPiece) -> ReadPiece:
@@ -96,8 +110,13 @@ def remembering(read: ReadPiece) -> ReadPiece:
     return cache(read)
 
 
-def level_tensors(manifest: Manifest, level: str, read: ReadPiece) -> dict[str, np.ndarray]:
-    """{name: array} of every numeric initializer at a level: weights from planes, side tensors, fixed ones."""
+def level_tensors(
+    manifest: Manifest, level: str, read: ReadPiece, compiled: Join | None = None
+) -> dict[str, np.ndarray]:
+    """{name: array} of every numeric initializer at a level: weights from planes, side tensors, fixed ones.
+
+    `compiled` joins planes in place of numpy where it can: tensors whose channels all have the level's bits.
+    """
     target, read = manifest.level(level), remembering(read)
     skeleton = memoryview(read(manifest.skeleton))
     side = memoryview(b"" if target.side is None else read(target.side))
@@ -105,7 +124,7 @@ def level_tensors(manifest: Manifest, level: str, read: ReadPiece) -> dict[str, 
     weights = cut = used = 0  # weight tensors so far, bytes cut out of the skeleton so far, bytes of `side` used
     for area in manifest.initializers:
         if area.kind == "planes":
-            arrays[area.name] = _codes(manifest, weights, target, area, read)
+            arrays[area.name] = _codes(manifest, weights, target, area, read, compiled)
             weights += 1
         else:
             source, start = (side, used) if area.kind == "side" else (skeleton, area.offset - cut)

@@ -51,7 +51,7 @@ class _Compiled:
         self.sample: tuple[int, ...] = tuple(self._artifact.input_shape[1:])
 
     def prepare(self, manifest: Manifest, level: str, read: ReadPiece) -> RunBatch:
-        packed = self._artifact.prepare(level_tensors(manifest, level, read))
+        packed = self._artifact.prepare(level_tensors(manifest, level, read, self._artifact.join))
         return lambda x: self._artifact.run(x, packed)
 
 

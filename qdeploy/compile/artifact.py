@@ -248,7 +248,7 @@ def read_description(folder: Path) -> Description:
     folder = Path(folder)
     if not folder.is_dir():
         raise CompileError(f"{folder} is not an artifact folder: make one with `qdeploy compile`")
-    data = read_bytes(folder / DESCRIPTION, "the artifact's description", CompileError)
+    data = _bytes(folder / DESCRIPTION)
     head = parse_json(data, str(folder / DESCRIPTION), CompileError)
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         found = head.get("format") if isinstance(head, dict) else head
@@ -262,10 +262,17 @@ def read_description(folder: Path) -> Description:
 
 def read_file(folder: Path, head: Description, name: str) -> bytes:
     """A file of the artifact, compared with its digest; raises CompileError."""
-    data = read_bytes(folder / name, "the artifact's file", CompileError)
+    data = _bytes(folder / name)
     if sha256(data) != head["files"][name]:
         raise CompileError(f"{folder / name} does not match {DESCRIPTION}: fetch or compile the artifact again")
     return data
+
+
+def _bytes(path: Path) -> bytes:
+    """A regular file's content; reading anything else (a pipe) might never end. Raises CompileError."""
+    if path.exists() and not path.is_file():
+        raise CompileError(f"{path} is no file: fetch or compile the artifact again")
+    return read_bytes(path, "the artifact's file", CompileError)
 
 
 def _description_problem(head: Description) -> str | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tvm
+import tvm_ffi
 from tvm import tirx
 from tvm.support import cc
 from tvm.tirx import transform
@@ -29,12 +30,12 @@ Pass = Any
 Phase = tuple[str, list[Callable[[], Pass]]]
 
 PHASES: list[Phase] = [
-    ("1-flat", [transform.FlattenBuffer, partial(transform.NarrowDataType, 32)]),
-    ("2-simple", [transform.StmtSimplify, transform.RemoveNoOp]),
-    ("3-lowered", [transform.LowerTVMBuiltin, transform.LowerIntrin]),
+    ("6-flat", [transform.FlattenBuffer, partial(transform.NarrowDataType, 32)]),
+    ("7-simple", [transform.StmtSimplify, transform.RemoveNoOp]),
+    ("8-lowered", [transform.LowerTVMBuiltin, transform.LowerIntrin]),
 ]
 # Exported functions get TVM's calling convention, which checks arguments, before the last phase.
-ENTRY_PHASES: list[Phase] = [*PHASES[:-1], ("2-packed", [transform.MakePackedAPI]), PHASES[-1]]
+ENTRY_PHASES: list[Phase] = [*PHASES[:-1], ("7-packed", [transform.MakePackedAPI]), PHASES[-1]]
 PARTS = 4  # objects that kernels are divided among, always: the library does not depend on how many cores there are
 LINK_OPTIONS = ["-s", "-Wl,-Bsymbolic", "-Wl,-z,relro,-z,now"]  # no names of temporary files; its own kernels only
 MODULE = "target.build.llvm"
@@ -42,12 +43,13 @@ MODULE = "target.build.llvm"
 
 def library(
     kernels: Mapping[str, tirx.PrimFunc], entries: Mapping[str, tirx.PrimFunc], target: Any, identity: str,
-    dump: Path | None = None,
+    dump: Path | None = None, common: Mapping[str, tirx.PrimFunc] | None = None,
 ) -> bytes:  # fmt: skip
     """The shared library that exports `entries`, which call `kernels` by name.
 
     `target`: tvm.target.Target. `identity`: hex digits that the library carries as its build id. `dump`: a folder for
-    the functions after each phase. Equal input gives equal bytes. Raises CompileError when there is no linker.
+    the functions after each phase. `common` is exported too: what is the same in many libraries, and remembered.
+    Equal input gives equal bytes. Raises CompileError when there is no linker.
     """
     compiler = linker()
     names = list(kernels)
@@ -62,8 +64,23 @@ def library(
             partial(write_object, functions, phases, target, path, dump and Path(dump) / name)
             for (name, functions, phases), path in zip(jobs, objects, strict=True)
         ]
+        if common:
+            objects.append(Path(folder) / "common.o")
+            tasks.insert(0, partial(write_common, common, target, objects[-1], dump and Path(dump) / "common"))
         share(tasks, Path(folder))
         return link(compiler, objects, identity, Path(folder) / "lib.so")
+
+
+_common: dict[tuple[str, int], bytes] = {}  # target and functions -> the object that this process made of them
+
+
+def write_common(functions: Mapping[str, tirx.PrimFunc], target: Any, path: Path, dump: Path | None) -> None:
+    """`write_object`, but for a `dump` once in a process."""
+    key = str(target), tvm_ffi.structural_hash(tvm.IRModule(dict(functions)))
+    if dump is not None or key not in _common:
+        write_object(functions, ENTRY_PHASES, target, path, dump)
+        _common[key] = path.read_bytes()
+    path.write_bytes(_common[key])
 
 
 def write_object(
@@ -73,7 +90,7 @@ def write_object(
     module = tvm.IRModule(dict(functions))
     with target, tvm.transform.PassContext(opt_level=3):
         module = transform.BindTarget(target.with_host(target))(module)
-        write_dump(dump, "0-written", module)
+        write_dump(dump, "5-written", module)
         for name, passes in phases:
             module = tvm.transform.Sequential([make() for make in passes])(module)
             write_dump(dump, name, module)

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 Sides = tuple[int, int, int, int]  # top, left, bottom, right
 
 INTEGER = dict.fromkeys(
-    ("conv", "max_pool", "average_pool", "table", "constant", "move", "insert", "shuffle", "codes"), "integer"
+    ("conv", "max_pool", "mean", "table", "constant", "move", "insert", "shuffle", "codes"), "integer"
 )
 FLOAT_REASON = {
     "quantize": "its input is float32",
@@ -26,6 +26,7 @@ FLOAT_REASON = {
     "sub": "element-wise: defined as a float32 difference",
     "mul": "element-wise: defined by a float32 product",
     "elementwise": "element-wise: defined by float32 steps",
+    "average_pool": "defined as a float32 mean",
     "concat": "its parts are requantized: defined by float32 steps",
     "softmax": "its sum has no integer form",
 }
@@ -113,7 +114,8 @@ class Weights:
 
     A float32 weight is quantized by `prepare` to int8 (`signed`) or uint8, a float32 bias (no scale) to s_x * s_w.
     Codes are cut to [clip_min, clip_max] where the file has a Clip behind them that may change them. `narrow` says that
-    the codes of the file are at most 64 in absolute value, so that sums of two products fit 16 bits.
+    the codes of the file are at most 64 in absolute value, so that sums of two products fit 16 bits; `few`, that there
+    are at most 16 different ones, so that 4 bits can tell them apart.
     """
 
     weight: str
@@ -129,6 +131,7 @@ class Weights:
     clip_max: str | None = None
     narrow: bool = False
     real: bool = False  # float32 in the file
+    few: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,12 +190,13 @@ class Region:
 class Op:
     """One operator.
 
-    quantize (of the float tensor `source`, by default the network's input), conv, max_pool, average_pool, softmax
-    (over all channels of one pixel), concat (over channels), move, insert, shuffle, constant (codes `stored` in the
-    file), dequantize and codes (to float tensor `output`: real values, or codes in the file's own dtype), float (a
-    region of operators without integer kernels; `output` is its first output); and element-wise ones, which are `term`
-    over the inputs' real values, broadcast to the output: requantize (the input itself), add, sub and mul (of two
-    inputs), table (anything over one input, by `table` where its term is not plain) and elementwise (anything else).
+    quantize (of the float tensor `source`, by default the network's input), conv, max_pool, average_pool, mean (of all
+    pixels), softmax (over all channels of one pixel), concat (over channels), move, insert, shuffle, constant (codes
+    `stored` in the file), dequantize and codes (to float tensor `output`: real values, or codes in the file's own
+    dtype), float (a region of operators without integer kernels; `output` is its first output); and element-wise ones,
+    which are `term` over the inputs' real values, broadcast to the output: requantize (the input itself), add, sub and
+    mul (of two inputs), table (anything over one input, by `table` where its term is not plain) and elementwise
+    (anything else).
 
     A fully connected layer is a convolution whose kernel is its whole input. average_pool divides by the window's
     size, without its padding unless `count_padding`. move gives output pixel (h, w) the code at floor((h - top) /

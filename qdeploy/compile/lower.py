@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
 
 from tvm import DataType, tirx
 
-from qdeploy.compile.floating import compile_region, copy_kernel
-from qdeploy.compile.fuse import fuse, operands
+from qdeploy.compile.floating import FloatProgram, compile_region, copy_kernel
+from qdeploy.compile.fuse import operands
 from qdeploy.compile.graph import Graph, Op, Operand, Quantizer, Tensor, Weights, Window
 from qdeploy.compile.kernels import elementwise, pack, pack_table, pointwise, shuffle
 from qdeploy.compile.kernels.chain import CODES, Link, chain_kernel
@@ -20,6 +20,7 @@ from qdeploy.compile.kernels.layout import Layout
 from qdeploy.compile.kernels.lookup import TABLE
 from qdeploy.compile.kernels.pack_weights import WeightSpec, weights_kernel
 from qdeploy.compile.kernels.requantize import Fused
+from qdeploy.compile.kernels.spec import Choice
 from qdeploy.compile.llvm import Dot
 from qdeploy.compile.program import Call, Place, Program, aligned
 from qdeploy.errors import CompileError
@@ -70,8 +71,9 @@ def multiply_adds(op: Op, x: Layout, y: Layout) -> int:
 class Lowering:
     """Makes one program. Packed tensors lie in the order in which `prepare` makes them."""
 
-    def __init__(self, graph: Graph, dot: Dot, threads: int = 1) -> None:
-        self.graph, self.dot, self.threads = ready(fuse(graph, dot.lookup != "none")), dot, threads
+    def __init__(self, graph: Graph, dot: Dot, threads: int, indices: bool, choices: Mapping[ConvSpec, Choice]) -> None:
+        self.graph, self.dot, self.threads = ready(graph), dot, threads
+        self.indices, self.choices = indices, choices
         self.lanes = max(8, dot.lanes)
         borders = self.graph.borders()
         self.layouts = {n: Layout(*t.shape, borders[n]) for n, t in self.graph.tensors.items()}
@@ -81,11 +83,16 @@ class Lowering:
         self.params = {param.name: i for i, param in enumerate(graph.params)}
         self.packed: dict[Hashable, tuple[Place, ...]] = {}  # what was packed -> where
         self.packed_bytes = 0
-        regions = [op for op in graph.ops if op.region is not None]
-        self.regions = {op.output: compile_region(op, f"float{i}") for i, op in enumerate(regions)}
+        self.regions: dict[str, FloatProgram] = {}
+
+    def convolutions(self) -> dict[str, ConvSpec]:
+        """Every convolution by its output."""
+        return {op.output: self._conv_spec(op) for op in self.graph.ops if op.kind == "conv"}
 
     def program(self) -> Program:
         """All calls; raises CompileError for an operator without a kernel."""
+        regions = [op for op in self.graph.ops if op.region is not None]
+        self.regions = {op.output: compile_region(op, f"float{i}") for i, op in enumerate(regions)}
         prepare = self._prepare()
         ops = [op for op in self.graph.ops if op.kind != "constant"]
         body = [call for op in ops for call in self._calls(op)]
@@ -96,7 +103,7 @@ class Lowering:
         codes_out = () if isinstance(self.graph.output, str) else (self._codes_out(self.graph.output),)
         return Program(
             self.graph, self.kernels, tuple(prepare), tuple(body), (self._way_out(),), codes_out, values,
-            self.packed_bytes,
+            self.packed_bytes, self.convolutions(),
         )  # fmt: skip
 
     def _kernel(self, key: Hashable, label: str, make: Callable[[str], tirx.PrimFunc]) -> str:
@@ -174,8 +181,11 @@ class Lowering:
     def _conv_spec(self, op: Op) -> ConvSpec:
         x, y = self.layouts[op.inputs[0].tensor], self.layouts[op.output]
         threads = self.threads if multiply_adds(op, x, y) >= THREAD_WORK else 1
-        narrow = self.dot.instruction == "pmaddwd" and op.weights is not None and op.weights.narrow
-        return ConvSpec(x, y, op.window, op.groups, self.dot, threads, narrow, then=self._fused(op))
+        assert op.weights is not None
+        narrow = self.dot.instruction == "pmaddwd" and op.weights.narrow
+        indices = self.indices and op.weights.few
+        spec = ConvSpec(x, y, op.window, op.groups, self.dot, threads, narrow, indices, self._fused(op))
+        return replace(spec, choice=self.choices.get(spec))
 
     def _fused(self, op: Op) -> Fused | None:
         """What a convolution does to its codes before it stores them."""
@@ -432,11 +442,16 @@ class Lowering:
             grid = self.graph.tensors[op.output].quantizer.grid
             same = tuple(operand.grid == grid for operand in op.inputs)
             return (*key, same), lambda name: elementwise.concat_kernel(name, xs, same, y, self.dot)
-        if kind in ("max_pool", "average_pool"):
-            pool = pointwise.PoolSpec(xs[0], y, window, self.dot)
-            if kind == "max_pool":
-                return key, lambda name: pointwise.max_pool_kernel(name, pool)
-            return key, lambda name: pointwise.average_pool_kernel(name, pool, count)
+        if kind in ("max_pool", "average_pool", "mean"):
+            pool, signed = (
+                pointwise.PoolSpec(xs[0], y, window, self.dot),
+                self.graph.tensors[op.output].quantizer.signed,
+            )
+            if kind == "average_pool":
+                return (*key, signed), lambda name: pointwise.average_pool_kernel(name, pool, count, signed)
+            return key, lambda name: (pointwise.mean_kernel if kind == "mean" else pointwise.max_pool_kernel)(
+                name, pool
+            )
         element = self._element(op, xs, y)
         return element, lambda name: elementwise.elementwise_kernel(name, element)
 
@@ -448,6 +463,17 @@ class Lowering:
         return elementwise.ElementSpec(op.kind, op.term, tuple(xs), y, signed, self.dot)
 
 
-def lower(graph: Graph, dot: Dot, threads: int = 1) -> Program:
-    """The program of `graph` for a target that multiplies as `dot` says, for at most `threads` threads a kernel."""
-    return Lowering(graph, dot, threads).program()
+def lower(
+    graph: Graph, dot: Dot, threads: int = 1, indices: bool = False, choices: Mapping[ConvSpec, Choice] | None = None
+) -> Program:
+    """The program of a fused `graph` for a target that multiplies as `dot` says, at most `threads` threads a kernel.
+
+    `indices`: weights with at most 16 different codes are kept in 4 bits each. `choices`: how to compute convolutions,
+    as `convolutions` gives them, where it is not the cost models' way.
+    """
+    return Lowering(graph, dot, threads, indices, choices or {}).program()
+
+
+def convolutions(graph: Graph, dot: Dot, threads: int = 1, indices: bool = False) -> list[ConvSpec]:
+    """What `lower` makes of a graph's convolutions without `choices`; equal ones appear again."""
+    return list(Lowering(graph, dot, threads, indices, {}).convolutions().values())

@@ -1,6 +1,7 @@
 """compile_model: a QDQ ONNX file becomes an artifact folder.
 
 read_graph   ONNX -> integer graph                                   (read/)
+fuse         fewer operators, the same codes                         (fuse.py)
 lower        integer graph -> kernels and calls                      (lower.py)
 plan         where activations lie in the arena                      (plan.py)
 entries      prepare, main, codes and profile as TIR                 (entry.py)
@@ -10,7 +11,7 @@ library      codegen.PHASES, LLVM and the linker                     (codegen.py
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,23 @@ import numpy as np
 
 from qdeploy.compile.artifact import DESCRIPTION, FORMAT, identity, opened
 from qdeploy.compile.codegen import library
+from qdeploy.compile.dump import write_phases
 from qdeploy.compile.entry import arena_bytes, entry_functions
-from qdeploy.compile.fuse import parts
+from qdeploy.compile.fuse import fuse, parts
 from qdeploy.compile.graph import FLOAT_REASON, INTEGER, Graph, Op
+from qdeploy.compile.kernels.conv import way
 from qdeploy.compile.kernels.join import join_kernel
 from qdeploy.compile.llvm import Resolved, resolve
-from qdeploy.compile.lower import lower
-from qdeploy.compile.plan import Plan, plan
-from qdeploy.compile.program import Call, Program
+from qdeploy.compile.lower import convolutions, lower
+from qdeploy.compile.plan import plan
+from qdeploy.compile.program import Program
 from qdeploy.compile.read.handlers import read_graph
+from qdeploy.compile.tune import choices, default_cache
 from qdeploy.errors import CompileError, DeviceError
 from qdeploy.files import canonical_json, new_folder, sha256, write_atomic
 from qdeploy.qdq import arrays, canonical_bytes, graph_digest, load_model, parse_model
-from qdeploy.target import Target, missing_features
+from qdeploy.target import TILE_FEATURES, Target, missing_features, request_tiles
 
-NAMED = 12  # operators in float that are named one by one
 Description = dict[str, Any]
 Echo = Callable[[str], None]
 
@@ -43,12 +46,17 @@ class Options:
     """How to compile beside the target.
 
     threads: how many threads large layers are spread over; constant: the file's own parameters, packed, belong to the
-    artifact, which then runs without any; shape: the input's name and sizes, where the file leaves some open.
+    artifact, which then runs without any; shape: the input's name and sizes, where the file leaves some open; indices:
+    weights with at most 16 different codes stay in 4 bits each; tune: seconds in which ways to compute convolutions are
+    measured; cache: the file of what was measured, which is also read without `tune` (None: tune.default_cache).
     """
 
     threads: int = 1
     constant: bool = False
     shape: tuple[str, tuple[int, ...]] | None = None
+    indices: bool = False
+    tune: float = 0.0
+    cache: Path | None = None
 
 
 def compile_model(
@@ -58,26 +66,28 @@ def compile_model(
     """Write libraries and `out`/artifact.json (docs/handovers.md); returns the latter's content.
 
     Several targets, best first, give one artifact with a library each; loading it takes the first that the machine can
-    run. `dump` is a folder for the functions after each phase. Raises ModelError for a damaged file, CompileError that
-    lists every operator without an integer kernel, or for a missing linker, RecipeError for a cpu or feature that LLVM
-    does not know, DeviceError when `out` exists (without `force`) or cannot be written, or when `constant` needs a
-    target that this machine cannot run. Equal input gives equal bytes.
+    run. `dump` is a folder for what each phase makes (dump.py, codegen.py). Raises ModelError for a damaged file,
+    CompileError that lists every operator without an integer kernel, or for a missing linker, RecipeError for a cpu or
+    feature that LLVM does not know, DeviceError when `out` exists (without `force`) or cannot be written, or when
+    `constant` needs a target that this machine cannot run. Equal input gives equal bytes.
     """
     say, options = echo or (lambda text: None), options or Options()
     targets = [resolve(one) for one in ([target] if isinstance(target, Target) else target)]
     if options.constant:
-        check_runs_here(targets)
+        check_runs_here(targets, "packing constants", "--constant")
+    if options.tune:
+        check_runs_here(targets, "tuning", "--tune")
     data, model = load_model(Path(onnx_path))
     parsed = parse_model(canonical_bytes(model), str(onnx_path))
     graph = read_graph(parsed, options.shape)
-    say_floats(graph, say)
     with new_folder(Path(out), force) as folder:
         head = describe(graph, targets, graph_digest(data), options)
         for resolved in targets:
             counts = f"{len(graph.ops)} operators, {len(graph.params)} parameters"
             say(f"{counts}, for {resolved.cpu} ({resolved.dot.instruction})")
             name = f"-{resolved.target.name}" if len(targets) > 1 else ""
-            code, variant = build(graph, resolved, head, f"lib{name}.so", dump and Path(dump) / name.strip("-"))
+            phases = dump and Path(dump) / name.strip("-")
+            code, variant = build(graph, resolved, head, f"lib{name}.so", phases, options, say)
             add_file(folder, head, variant["library"], code)
             head["variants"].append(variant)
             say(f"{len(code)} bytes of code, {variant['arena_bytes']} bytes of arena")
@@ -87,21 +97,20 @@ def compile_model(
     return head
 
 
-def say_floats(graph: Graph, say: Echo) -> None:
-    """Name what runs in float, and why; artifact.json has all of it."""
-    nodes = [node for op in graph.ops if op.region is not None for node in op.region.nodes]
-    for kind, name, why in nodes[:NAMED]:
-        say(f"in float: {kind} {name}: {why}")
-    if len(nodes) > NAMED:
-        say(f"in float: {len(nodes) - NAMED} operators more")
-
-
 def build(
-    graph: Graph, resolved: Resolved, head: Description, name: str, dump: Path | None = None
-) -> tuple[bytes, Description]:
+    graph: Graph, resolved: Resolved, head: Description, name: str, dump: Path | None = None,
+    options: Options | None = None, say: Echo = lambda text: None,
+) -> tuple[bytes, Description]:  # fmt: skip
     """The library for one target and its entry of artifact.json; raises CompileError."""
+    options = options or Options()
     try:
-        program = lower(graph, resolved.dot, head["threads"])
+        fused = fuse(graph, resolved.dot.lookup != "none")
+        how = (fused, resolved.dot, options.threads, options.indices)
+        chosen = {}
+        if options.tune or options.cache is not None:
+            cache = options.cache or default_cache()
+            chosen = choices(convolutions(*how), resolved, cache, options.tune, say)
+        program = lower(*how, chosen)
         memory = plan(program.values, program.lives())
         variant = {
             "library": name,
@@ -112,39 +121,27 @@ def build(
             "kernels": kernel_rows(program),
         }
         if dump is not None:
-            write_atomic(dump / "0-calls.txt", calls_text(program, memory).encode())
-        entries = entry_functions(graph, program, memory) | {"join": join_kernel("join", resolved.features)}
-        return library(program.kernels, entries, resolved.tvm, identity(head, variant), dump), variant
+            write_phases(dump, graph, fused, program, memory)
+        entries, common = entry_functions(graph, program, memory), {"join": join_kernel("join", resolved.features)}
+        return library(program.kernels, entries, resolved.tvm, identity(head, variant), dump, common), variant
     except (RuntimeError, ValueError, TypeError) as e:
         reason = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
         raise CompileError(f"TVM cannot compile this model for {resolved.target.name}: {reason}") from e
 
 
-def calls_text(program: Program, memory: Plan) -> str:
-    """The program for people: each call with its arguments, then the memory plan."""
-
-    def line(call: Call) -> str:
-        return f"{call.kernel}({', '.join(f'{place.area}:{place.at}' for place in call.args)})"
-
-    parts = [
-        ("prepare", program.prepare), ("image", program.body), ("main", program.way_out), ("codes", program.codes_out),
-    ]  # fmt: skip
-    lines = [f"{name}:\n" + "\n".join(f"  {line(call)}" for call in calls) for name, calls in parts]
-    rows = sorted(memory.offsets.items(), key=lambda row: (row[1], row[0]))
-    lines.append(f"arena: {memory.bytes} bytes, by size {memory.by_size}, bound {memory.bound}")
-    return "\n".join([*lines, *(f"  {offset:>10} {name}" for name, offset in rows)]) + "\n"
-
-
 # What this machine must be able to run ------------------------------------------------------------------------------
 
 
-def check_runs_here(targets: Sequence[Resolved]) -> None:
-    """Raise DeviceError for a target whose code this machine cannot run, so cannot pack parameters for either."""
+def check_runs_here(targets: Sequence[Resolved], what: str, option: str) -> None:
+    """Raise DeviceError for a target whose code this machine cannot run, so that it cannot do `what` either."""
     for resolved in targets:
-        if lacking := missing_features(resolved.features):
+        lacking = missing_features(resolved.features)
+        if not lacking and set(TILE_FEATURES) & set(resolved.features) and not request_tiles():
+            lacking = list(TILE_FEATURES)
+        if lacking:
             raise DeviceError(
-                f"packing constants runs the code of target {resolved.target.name}, but this machine's cpu lacks "
-                f"{', '.join(lacking)}: compile on a machine that has them, or without --constant"
+                f"{what} runs the code of target {resolved.target.name}, but this machine's cpu lacks "
+                f"{', '.join(lacking)}: compile on a machine that has them, or without {option}"
             )
 
 
@@ -216,6 +213,9 @@ def kernel_rows(program: Program) -> list[Description]:
     for op, row in zip(program.graph.ops, rows, strict=True):
         calls = [call for call in program.body if call.op == op.output]  # of a constant there are none
         row |= {"functions": [call.kernel for call in calls], "bytes": sum(call.bytes for call in calls)}
+        if (spec := program.convolutions.get(op.output)) is not None:
+            row |= {"way": asdict(way(spec)), "weight_bytes": spec.weight_bytes}
+            row |= {"weights": "4-bit" if spec.packed else "int8"}
     for call in program.way_out:
         label = call.kernel.rpartition("_")[0]
         shape = list(program.graph.shape_of(program.graph.result))

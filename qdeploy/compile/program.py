@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qdeploy.compile.graph import Graph
+from qdeploy.compile.kernels.spec import ConvSpec
 
 ALIGNMENT = 64  # bytes: every packed tensor and every activation begins at a multiple of it
 
@@ -50,6 +51,7 @@ class Program:
     codes_out: tuple[Call, ...]  # the codes before that; none where the output has none
     values: dict[str, int]
     packed_bytes: int
+    convolutions: dict[str, ConvSpec]  # by the operator's output
 
     def lives(self) -> dict[str, tuple[int, int]]:
         """First and last call that touches each activation, as positions in `body` + the way out."""

@@ -49,7 +49,7 @@ class Evaluator:
         found: dict[str, np.ndarray] = {self.graph.input: np.asarray(x, F32)}
         for op in self.graph.ops:
             handler: Callable[[Op, list[np.ndarray]], np.ndarray] | None = {
-                "conv": self._conv, "max_pool": self._max_pool, "average_pool": self._average_pool,
+                "conv": self._conv, "max_pool": self._max_pool, "average_pool": self._average_pool, "mean": self._mean,
                 "concat": self._concat, "move": self._move, "constant": self._constant, "softmax": self._softmax,
                 "shuffle": self._shuffle, "insert": self._insert,
             }.get(op.kind)  # fmt: skip
@@ -225,14 +225,21 @@ class Evaluator:
 
     def _average_pool(self, op: Op, inputs: list[np.ndarray]) -> np.ndarray:
         source, target, shape = self.grid(op.inputs[0].grid), self._target(op), self.graph.tensors[op.output].shape
-        x = pad(inputs[0].astype(np.int64) - source.zero_point, op.window, 0, shape[1:])
-        there = pad(np.ones_like(inputs[0], np.int64), op.window, int(op.count_padding), shape[1:])
-        acc, area = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        x = pad(source.real(inputs[0]), op.window, 0, shape[1:])
+        there = pad(np.ones_like(inputs[0], F32), op.window, int(op.count_padding), shape[1:])
+        total, area = np.zeros(shape, F32), np.zeros(shape, F32)
         for i in range(op.window.kernel[0]):
             for j in range(op.window.kernel[1]):
-                acc += tap_of(x, op.window, i, j, *shape[1:])
+                total += tap_of(x, op.window, i, j, *shape[1:])
                 area += tap_of(there, op.window, i, j, *shape[1:])
-        return target.codes(acc.astype(F32) * (source.scale / (target.scale * area.astype(F32))))
+        shift = SHIFT if self.graph.tensors[op.output].quantizer.signed else 0  # the file's own zero point counts here
+        codes = np.rint(total / area / target.scale + F32(target.zero_point - shift)) + F32(shift)
+        return np.clip(codes, target.low, target.high).astype(np.uint8)
+
+    def _mean(self, op: Op, inputs: list[np.ndarray]) -> np.ndarray:
+        source, target, (_, height, width) = self.grid(op.inputs[0].grid), self._target(op), inputs[0].shape
+        acc = (inputs[0].astype(np.int64) - source.zero_point).sum((1, 2), keepdims=True)
+        return target.codes(acc.astype(F32) * (source.scale / (target.scale * F32(height * width))))
 
     def _concat(self, op: Op, inputs: list[np.ndarray]) -> np.ndarray:
         target = self._target(op)

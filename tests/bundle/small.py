@@ -92,7 +92,7 @@ def write_artifact(folder: Path, graph: str, target: str = "host", library: byte
                 "library": "lib.so",
                 "target": {"name": target, "features": ["avx2"]},
                 "arena_bytes": 64,
-                "kernels": [{"operator": "matmul", "shapes": "6x8", "integer": True}],
+                "kernels": [{"operator": "conv", "name": "fc", "arithmetic": "integer"}],
             }
         ],
         "versions": {"tvm": "0"},

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,25 @@ def test_level_tensors_are_the_initializers(tmp_path: Path) -> None:
         for key, value in expected.items():
             assert found[key].dtype == value.dtype and found[key].shape == value.shape
             assert np.array_equal(found[key], value)
+
+
+def test_capped_and_constant_tensors_are_left_to_numpy(tmp_path: Path) -> None:
+    manifest = small_tree(tmp_path)
+    read, asked = tree_reader(tmp_path / "tree", manifest), []
+
+    def compiled(parts: Sequence[tuple[int, str, bytes]], count: int, shift: int, bias: int) -> np.ndarray:
+        asked.append((sum(bits for bits, _, _ in parts), shift, bias))
+        return np.zeros(count, np.uint8)
+
+    entry = manifest.level("w3").tensors[0]
+    found = level_tensors(manifest, "w3", read, compiled)
+    assert asked == [(3, entry.shift, entry.offset - (4 << entry.shift))] and not found["w.weight"].any()
+    (tensor,), w3 = manifest.tensors, manifest.level("w3")
+    capped = replace(tensor, caps=(tensor.bits,) * manifest.of_kind("planes")[0].shape[0])
+    for one, level in ((capped, replace(entry, offset=(0,) * 5)), (tensor, replace(entry, bits=0))):
+        changed = replace(manifest, tensors=(one,), levels=(replace(w3, tensors=(level,)),))
+        level_tensors(changed, "w3", read, compiled)
+    assert len(asked) == 1
 
 
 def test_a_climb_fetches_the_difference_and_a_drop_nothing(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from tests.client.conftest import LEVELS, RealRelease
 class Device:
     """A device process and its reports."""
 
-    def __init__(self, *args: str) -> None:
+    def __init__(self, environment: dict[str, str], *args: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "qdeploy.client", *args],
+            [sys.executable, "-m", "qdeploy.client", *args], env=environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -60,8 +60,10 @@ def dev(real: RealRelease, tmp_path: Path) -> Iterator[Path]:
         yield tmp_path / "dev"
 
 
-def test_a_device_climbs_while_it_infers(real: RealRelease, dev: Path, files: tuple[str, ...], tmp_path: Path) -> None:
-    device = Device(str(dev), *files)
+def test_a_device_climbs_while_it_infers(
+    real: RealRelease, dev: Path, files: tuple[str, ...], tmp_path: Path, device_environment: dict[str, str]
+) -> None:
+    device = Device(device_environment, str(dev), *files)
     ready = device.until(event="ready")
     assert (ready["level"], ready["levels_held"], ready["images"]) == ("w2", ["w2"], 6)
     correct = {name: int((real.outputs[name].argmax(1) == real.outputs["w4"].argmax(1)).sum()) for name in LEVELS}
@@ -88,14 +90,14 @@ def test_a_device_climbs_while_it_infers(real: RealRelease, dev: Path, files: tu
     assert DeviceFolder(dev).chosen().level == "w2"
 
 
-def test_the_end_of_commands_stops(dev: Path, files: tuple[str, ...]) -> None:
-    device = Device(str(dev), *files, "--interval", "0.01", "--runtime", "ort")
+def test_the_end_of_commands_stops(dev: Path, files: tuple[str, ...], device_environment: dict[str, str]) -> None:
+    device = Device(device_environment, str(dev), *files, "--interval", "0.01", "--runtime", "ort")
     device.until(event="ready")
     assert device.end() == (0, "")
 
 
-def test_a_signal_ends_it_quietly(dev: Path, files: tuple[str, ...]) -> None:
-    device = Device(str(dev), *files)
+def test_a_signal_ends_it_quietly(dev: Path, files: tuple[str, ...], device_environment: dict[str, str]) -> None:
+    device = Device(device_environment, str(dev), *files)
     device.until(event="run")
     device.process.send_signal(signal.SIGINT)
     code, error = device.end()
@@ -103,7 +105,9 @@ def test_a_signal_ends_it_quietly(dev: Path, files: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("broken", ["folder", "images", "labels"])
-def test_bad_input_is_one_line_and_exit_code_2(dev: Path, files: tuple[str, ...], tmp_path: Path, broken: str) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    dev: Path, files: tuple[str, ...], tmp_path: Path, broken: str, device_environment: dict[str, str]
+) -> None:
     bad = tmp_path / "bad.npy"
     np.save(bad, np.zeros((2, 2), np.uint8) if broken == "images" else np.zeros(2, np.int64))
     args = {
@@ -111,6 +115,6 @@ def test_bad_input_is_one_line_and_exit_code_2(dev: Path, files: tuple[str, ...]
         "images": (str(dev), "--images", str(bad)),
         "labels": (str(dev), *files[:2], "--labels", str(bad)),
     }[broken]
-    code, error = Device(*args).end()
+    code, error = Device(device_environment, *args).end()
     assert code == 2
     assert error.startswith("error: ") and error.count("\n") == 1

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qdeploy.bundle.store import assemble
+from qdeploy.bundle.store import assemble, level_tensors
 from qdeploy.client.fetch import Patience
 from qdeploy.client.pull import climb, pull
 from qdeploy.client.runtime import LevelRunner, in_batches, run
 from qdeploy.client.state import DeviceFolder
+from qdeploy.compile.artifact import Artifact, load_artifact
 from qdeploy.errors import BundleError, DataError, DeviceError, FetchError
 from qdeploy.serve.app import serving
 from tests.client.conftest import LEVELS, RealRelease
@@ -67,6 +68,29 @@ def test_a_model_with_a_batch_takes_any_number_of_images(size: int) -> None:
 
     np.testing.assert_array_equal(in_batches(run_batch, images, size), images.sum(1, keepdims=True))
     assert set(seen) == {size} and len(seen) == -(-4 // size)
+
+
+def test_planes_are_joined_by_the_compiled_code(
+    real: RealRelease, url: str, dev: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same codes as numpy's, level after level."""
+    pull(url, dev, "w2")
+    device = DeviceFolder(dev)
+    manifest = device.manifest(device.chosen().manifest)
+    compiled = load_artifact(next((dev / "artifacts").iterdir())).join
+    joined: list[int] = []
+    monkeypatch.setattr(Artifact, "join", lambda self, *args: joined.append(args[1]) or compiled(*args))
+    runner = LevelRunner(dev)
+    for level in LEVELS:
+        runner.climb(level)
+        want = level_tensors(manifest, level, device.reader(manifest))
+        got = level_tensors(manifest, level, device.reader(manifest), compiled)
+        assert want.keys() == got.keys() and any(entry.bits for entry in manifest.level(level).tensors)
+        for name, array in want.items():
+            assert got[name].dtype == array.dtype
+            np.testing.assert_array_equal(got[name], array)
+        tensors = zip(manifest.level(level).tensors, manifest.of_kind("planes"), strict=True)
+        assert joined[-len(manifest.tensors) :] == [area.count for entry, area in tensors if entry.bits]
 
 
 def test_forms_of_input(real: RealRelease, url: str, dev: Path) -> None:

@@ -15,7 +15,7 @@ from qdeploy.compile.graph import Window
 from qdeploy.compile.kernels import tiles
 from qdeploy.compile.kernels.layout import SLACK, Layout
 from qdeploy.compile.kernels.spec import TILE_QUADS, TILE_ROWS, ConvSpec
-from qdeploy.compile.kernels.tiles import pairs_of, tile_rows
+from qdeploy.compile.kernels.tiles import image_of, pairs_of, tile_rows
 from qdeploy.compile.llvm import Dot, resolve
 from qdeploy.compile.pipeline import compile_model
 from qdeploy.errors import DeviceError
@@ -61,6 +61,28 @@ def test_pairs_of_tiles_cover_every_pixel() -> None:
     assert tile_rows(56) == 14 and tile_rows(3136) == 16
 
 
+def test_a_small_image_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "NEAR", 0)
+    found = []
+    for height, width, side in [(7, 7, 1), (7, 7, 0), (1, 64, 0), (2, 30, 1), (5, 3, 1), (4, 15, 1), (8, 8, 1)]:
+        layout = Layout(64, height, width, (side,) * 4)
+        window = Window((2 * side + 1,) * 2, (1, 1), (side,) * 4)
+        spec = ConvSpec(layout, Layout(8, height, width, (0, 1, 0, 0)), window, 1, DOT)
+        image = image_of(spec)
+        found.append(image is not None)
+        if image is None:
+            continue
+        assert 1 <= image.rows <= TILE_ROWS
+        windows = {constant(image.window(0, run, m)): (run, m) for run in range(4) for m in range(image.rows)}
+        assert min(windows) == 0 and max(windows) == spec.pixel(height - 1, width - 1)
+        for h in range(height):
+            for w in range(width):
+                at = h * image.pitch + w
+                run = min(at // image.apart, 3)
+                assert 0 <= at - run * image.apart < image.rows and spec.pixel(h, w) in windows
+    assert found == [True, True, True, False, True, False, False]
+
+
 def constant(value: object) -> int:
     """A TIR expression without variables."""
     return int(Analyzer().simplify(tirx.convert(value)))
@@ -75,6 +97,7 @@ SHAPES = [
     (3, 32, 1, 11, 40, Window((3, 3), (2, 2), (1, 1, 1, 1)), (0, 1, 0, 0)),
     (72, 16, 1, 1, 5, Window((3, 3), (1, 1), (1, 1, 1, 1)), (0, 0, 0, 0)),
     (260, 48, 1, 3, 21, Window((1, 1)), (0, 0, 0, 0)),
+    (64, 56, 1, 7, 7, Window((3, 3), (1, 1), (1, 1, 1, 1)), (1, 1, 1, 1)),
 ]  # fmt: skip
 
 
@@ -87,9 +110,10 @@ def test_every_order_and_share_of_the_work_is_exact(
     target, rng = target_of("amx"), np.random.default_rng(0)
     specs = [replace(spec_of_shape(shape, target.dot), threads=threads) for shape in SHAPES]
     assert all(spec.tiled for spec in specs)
+    assert any(image_of(spec) for spec in specs) == (near == 0)
     library = kernels_of(dict(enumerate(specs)), target.tvm)
     for i, spec in enumerate(specs):
-        for extreme in ("random", "low", "zero_points"):
+        for extreme in ("random", "low", "zero_points", "steep", "relu"):
             check(library, i, spec, extreme, rng)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -17,17 +18,19 @@ from qdeploy.bundle.tables import TensorLevel
 from qdeploy.compile import artifact as module
 from qdeploy.compile.artifact import load_artifact
 from qdeploy.compile.kernels.join import LAYOUTS
-from qdeploy.compile.pipeline import compile_model
+from qdeploy.compile.pipeline import Options, compile_model
 from qdeploy.errors import CompileError, DeviceError
 from qdeploy.export.write import qdq_bytes
-from qdeploy.files import canonical_json
+from qdeploy.files import canonical_json, sha256
 from qdeploy.frozen import FrozenNet
 from qdeploy.integer import dequantize
 from qdeploy.qdq import arrays, parse_model
-from qdeploy.target import load_target
+from qdeploy.target import Target, load_target
 from tests.nets_frozen import ladder_of
 
 ROOT = Path(__file__).parents[2]
+PORTABLE = load_target(ROOT / "targets" / "x86-64.toml")
+PLAIN = Target("plain", "x86_64", "llvm", "x86-64")
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +66,27 @@ def edit(folder: Path, **changes: object) -> None:
     (folder / "artifact.json").write_bytes(canonical_json(head | changes))
 
 
-def test_a_fresh_process_without_compiler_parts_agrees(compiled: Path, nets: list[FrozenNet], tmp_path: Path) -> None:
+def test_a_moved_artifact_in_a_fresh_process_agrees(
+    copy: Path, nets: list[FrozenNet], tmp_path: Path, device_environment: dict[str, str]
+) -> None:
+    """With numpy and TVM alone."""
     np.savez(tmp_path / "p.npz", **params_of(nets[0]))
     np.save(tmp_path / "x.npy", images_of(nets[0])[:1])
     script = """
 import sys
+for absent in ("onnx", "onnxruntime", "onnxsim", "safetensors", "aiohttp", "matplotlib", "click", "PIL"):
+    sys.modules[absent] = None
 from pathlib import Path
 import numpy as np
 from qdeploy.compile.artifact import load_artifact
 assert "tvm" not in sys.modules
 folder, work = Path(sys.argv[1]), Path(sys.argv[2])
 artifact = load_artifact(folder)
-assert "onnx" not in sys.modules
 packed = artifact.prepare(dict(np.load(work / "p.npz")))
 np.save(work / "y.npy", artifact.codes(np.load(work / "x.npy"), packed))
 """
-    subprocess.run([sys.executable, "-c", script, str(compiled), str(tmp_path)], check=True, cwd=ROOT)
+    command = [sys.executable, "-c", script, str(copy), str(tmp_path)]
+    subprocess.run(command, check=True, cwd=tmp_path, env=device_environment)
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), nets[0].golden[nets[0].output][:1])
 
 
@@ -184,7 +192,7 @@ def test_a_machine_without_the_instructions_gets_one_line(compiled: Path, monkey
     ("changes", "error", "message"),
     [
         ({"target": {"name": "t"}}, CompileError, "a target has no list of features"),
-        ({"target": {"name": "t", "features": ["quantum"]}}, DeviceError, "cpu lacks quantum, which target t needs"),
+        ({"target": {"name": "t", "features": ["amx-fp16"]}}, DeviceError, "cpu lacks amx-fp16, which target t needs"),
         ({"target": {"name": "t", "features": []}}, CompileError, "lib.so was not made with this artifact.json"),
         ({"arena_bytes": 64}, CompileError, "lib.so was not made with this artifact.json"),
         ({"packed_bytes": "64"}, CompileError, "packed_bytes has a wrong type"),
@@ -205,6 +213,97 @@ def test_description_and_library_that_do_not_belong_together(copy: Path) -> None
     edit(copy, params=head["params"][1:])
     with pytest.raises(CompileError, match="lib.so was not made with this artifact.json"):
         load_artifact(copy)
+
+
+@pytest.fixture(scope="module")
+def automatic(nets: list[FrozenNet], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two variants and their packed levels."""
+    folder = tmp_path_factory.mktemp("automatic")
+    (folder / "m.onnx").write_bytes(qdq_bytes(nets[0]))
+    compile_model(folder / "m.onnx", [PORTABLE, PLAIN], folder / "a", options=Options(constant=True))
+    return folder / "a"
+
+
+def test_any_flipped_byte_of_the_description(compiled: Path, nets: list[FrozenNet], copy: Path) -> None:
+    """Refused by name, or of no consequence: a digit of a version's patch level."""
+    data = (compiled / "artifact.json").read_bytes()
+    params, image, want = params_of(nets[0]), images_of(nets[0])[:1], nets[0].golden[nets[0].output][:1]
+    refused = 0
+    for i in range(0, len(data), 23):
+        damaged = bytearray(data)
+        damaged[i] ^= 1 << i % 7
+        (copy / "artifact.json").write_bytes(damaged)
+        try:
+            loaded = load_artifact(copy)
+        except (CompileError, DeviceError) as e:
+            assert "\n" not in str(e)
+            refused += 1
+        else:
+            np.testing.assert_array_equal(loaded.codes(image, loaded.prepare(params)), want)
+    assert refused > len(data) // 23 * 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("swap lib", "does not match artifact.json"), ("swap packed", "does not match artifact.json"),
+        ("swap lib and digests", "was not made with this artifact.json"),
+        ("swap variants", "was not made with this artifact.json"), ("cut lib", "does not match"),
+        ("empty packed", "does not match"), ("other packed", "has another length"), ("no packed", "cannot read"),
+        ("dangling", "cannot read"), ("folder", "is no file"), ("fifo", "is no file"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_belong_together(automatic: Path, tmp_path: Path, change: str, message: str) -> None:
+    for path in automatic.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    head = json.loads((tmp_path / "artifact.json").read_bytes())
+    names = [[variant[key] for variant in head["variants"]] for key in ("library", "packed")]
+    (lib, other), (packed, other_packed) = names
+    if change.startswith("swap"):
+        a, b = (packed, other_packed) if "packed" in change else (lib, other)
+        first, second = (tmp_path / a).read_bytes(), (tmp_path / b).read_bytes()
+        if "variants" not in change:
+            (tmp_path / a).write_bytes(second)
+            (tmp_path / b).write_bytes(first)
+        if "digests" in change:
+            head["files"][a], head["files"][b] = head["files"][b], head["files"][a]
+            edit(tmp_path, files=head["files"])
+        if "variants" in change:
+            one, two = head["variants"]
+            edit(tmp_path, variants=[one | {"library": other}, two | {"library": lib}])
+    elif change == "cut lib":
+        (tmp_path / lib).write_bytes((tmp_path / lib).read_bytes()[:-100])
+    elif change == "empty packed":
+        (tmp_path / packed).write_bytes(b"")
+    elif change == "other packed":
+        data = (tmp_path / packed).read_bytes()[:-64]
+        (tmp_path / packed).write_bytes(data)
+        edit(tmp_path, files=head["files"] | {packed: sha256(data)})
+    else:
+        (tmp_path / packed).unlink()
+        if change == "dangling":
+            (tmp_path / packed).symlink_to(tmp_path / "nowhere")
+        elif change == "folder":
+            (tmp_path / packed).mkdir()
+        elif change == "fifo":
+            os.mkfifo(tmp_path / packed)
+    with pytest.raises(CompileError, match=message) as caught:
+        load_artifact(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_links_to_the_files_are_as_good(compiled: Path, tmp_path: Path) -> None:
+    for path in compiled.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    assert load_artifact(tmp_path / "link").graph == load_artifact(compiled).graph
+
+
+def test_nothing_is_loaded_before_the_instructions_are_checked(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qdeploy.target.machine_flags", frozenset)
+    monkeypatch.setattr(module, "opened", None)
+    with pytest.raises(DeviceError, match="this machine's cpu lacks avx, .*: compile for another target"):
+        load_artifact(compiled)
 
 
 def test_the_library_refuses_buffers_of_other_sizes(compiled: Path, nets: list[FrozenNet]) -> None:

@@ -28,7 +28,8 @@ def kernel(name: str, step: int) -> tvm.tirx.PrimFunc:
 
 
 def made() -> bytes:
-    return library({f"k{i}": kernel(f"k{i}", i) for i in range(9)}, {"main": kernel("main", 1)}, TARGET, "ab" * 20)
+    kernels, entries = {f"k{i}": kernel(f"k{i}", i) for i in range(9)}, {"main": kernel("main", 1)}
+    return library(kernels, entries, TARGET, "ab" * 20, common={"join": kernel("join", 2)})
 
 
 def test_the_number_of_processes_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,6 +41,22 @@ def test_the_number_of_processes_changes_nothing(monkeypatch: pytest.MonkeyPatch
     found.append(made())
     assert len(set(found)) == 1
     assert bytes.fromhex("ab" * 20) in found[0]
+
+
+def test_what_is_common_is_remembered_by_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(codegen, "write_object", lambda functions, _, target, path, dump: write(path, functions))
+
+    def write(path: Path, functions: dict[str, tvm.tirx.PrimFunc]) -> None:
+        made.append(functions)
+        path.write_bytes(b"%d" % len(made))
+
+    monkeypatch.setattr(codegen, "_common", {})
+    for step, want in ((3, b"1"), (4, b"2"), (3, b"1")):
+        codegen.write_common({"join": kernel("join", step)}, TARGET, tmp_path / "o", None)
+        assert (tmp_path / "o").read_bytes() == want
+    codegen.write_common({"join": kernel("join", 3)}, TARGET, tmp_path / "o", tmp_path)
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -80,7 +80,7 @@ def test_every_shape_is_exact(name: str) -> None:
     library = kernels_of({i: spec_of(SHAPES[i], target.dot) for i in chosen}, target.tvm)
     rng = np.random.default_rng(0)
     for i in chosen:
-        for extreme in ("random", "high", "low", "zero_points"):
+        for extreme in ("random", "high", "low", "zero_points", "steep", "relu"):
             check(library, i, spec_of(SHAPES[i], target.dot), extreme, rng)
 
 
@@ -114,6 +114,14 @@ def check(
     depth = spec.inputs * window.kernel[0] * window.kernel[1]
     quant = Quantizer(float(np.float32(0.05 * np.sqrt(depth))), 100, 3, 250, True)
     scale = rng.uniform(0.01, 0.04, y.channels).astype(np.float32)
+    if extreme == "steep":  # products far outside of int32, and all sums between 0 and those
+        codes = rng.choice(np.array([0, 255], np.uint8), codes.shape)
+        weight = rng.choice(allowed[[0, -1]], shape)
+        scale = (10 ** rng.uniform(-3, 12, y.channels)).astype(np.float32)
+    elif extreme == "relu":  # sums from the least to the largest
+        codes = np.where(rng.random(codes.shape) < 0.9, np.uint8(255), codes)
+        weight[::3], weight[1::3] = allowed[-1], allowed[0]
+        quant = Quantizer(quant.scale, 7, 7, 250, True)
     unit = (np.float32(quant_x.scale) * scale).astype(np.float32)
 
     attributes = {
@@ -154,8 +162,8 @@ def test_a_tile_fits_the_registers() -> None:
     for dot in (Dot("vpdpbusd", 16, 32), Dot("pmaddwd", 8, 16), Dot("pmaddwd", 4, 16)):
         for shape in SHAPES:
             spec = spec_of(shape, dot)
-            pixels, blocks = tile(spec, spec.y.width)
-            assert 1 <= pixels <= spec.y.width and 1 <= blocks <= spec.blocks
+            pixels, blocks = tile(spec)
+            assert 1 <= pixels <= spec.lines[1] and 1 <= blocks <= spec.blocks
             assert pixels * blocks < dot.registers
 
 

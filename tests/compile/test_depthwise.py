@@ -60,7 +60,7 @@ def test_every_window_is_exact(name: str, narrow: bool) -> None:
     assert sum(spec.by_rows for spec in specs) >= len(specs) // 2
     library = kernels_of(dict(enumerate(specs)), target.tvm)
     for i, spec in enumerate(specs):
-        for extreme in ("random", "high", "low", "zero_points"):
+        for extreme in ("random", "high", "low", "zero_points", "steep", "relu"):
             check(library, i, spec, extreme, rng, NARROW if narrow else CODES)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 import pytest
 import tvm
@@ -15,6 +17,7 @@ from qdeploy.compile.kernels.pointwise import (
     codes_kernel,
     dequantize_kernel,
     max_pool_kernel,
+    mean_kernel,
     quantize_kernel,
 )
 from tests.compile.test_elementwise import WIDTHS, build, codes_of, planes, resolved, run
@@ -86,7 +89,9 @@ def test_pools(cpu: str) -> None:
         specs.append(PoolSpec(Layout(c, h, w, border), Layout(c, *window.output(h, w), border), window, target.dot))
     kernels = {f"max{i}": max_pool_kernel(f"max{i}", spec) for i, spec in enumerate(specs)}
     for i, spec in enumerate(specs):
-        kernels |= {f"mean{i}{n}": average_pool_kernel(f"mean{i}{n}", spec, bool(n)) for n in (0, 1)}
+        kernels |= {f"average{i}{n}": average_pool_kernel(f"average{i}{n}", spec, n < 1, n > 1) for n in range(3)}
+        if spec.inside:
+            kernels[f"mean{i}"] = mean_kernel(f"mean{i}", spec)
     library, source = build(kernels, target), np.array([0.03, 5, 0, 255], F)
     for i, spec in enumerate(specs):
         codes = np.maximum(codes_of(spec.x, rng), 180 if i > 3 else 0)  # sums that are large
@@ -94,11 +99,19 @@ def test_pools(cpu: str) -> None:
         want = np.clip(windows(image, spec.window).max((3, 4)), QUANT[2], QUANT[3])
         np.testing.assert_array_equal(run(library[f"max{i}"], spec.y, codes, QUANT), want)
         inside = windows(np.ones_like(image), spec.window).sum((3, 4))
-        for n, area in ((0, inside), (1, np.full_like(inside, np.prod(spec.window.kernel)))):
+        every = np.full_like(inside, np.prod(spec.window.kernel))
+        reals = windows((image - 5).astype(F) * source[0], spec.window)
+        taps = np.moveaxis(reals.reshape(*reals.shape[:3], -1), 3, 0)
+        total = reduce(np.add, taps, np.zeros(inside.shape, F))  # one after another
+        for n, (area, shift) in enumerate(((every, 0), (inside, 0), (inside, 128))):
+            want = np.rint(total / area.astype(F) / QUANT[0] + (QUANT[1] - F(shift))) + F(shift)
+            want = np.clip(want, QUANT[2], QUANT[3])
+            np.testing.assert_array_equal(run(library[f"average{i}{n}"], spec.y, codes, source, QUANT), want)
+        if spec.inside:
             sums = windows(image - 5, spec.window).sum((3, 4))
-            scale = source[0] / (QUANT[0] * area.astype(F))
+            scale = source[0] / (QUANT[0] * F(every.flat[0]))
             want = np.clip(np.rint(sums.astype(F) * scale) + QUANT[1], QUANT[2], QUANT[3])
-            np.testing.assert_array_equal(run(library[f"mean{i}{n}"], spec.y, codes, source, QUANT), want)
+            np.testing.assert_array_equal(run(library[f"mean{i}"], spec.y, codes, source, QUANT), want)
 
 
 def windows(image: np.ndarray, window: Window) -> np.ndarray:

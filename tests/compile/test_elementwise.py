@@ -13,6 +13,7 @@ from qdeploy.compile.kernels.layout import SLACK, Layout
 from qdeploy.compile.llvm import Resolved, resolve
 from qdeploy.integer import added, multiplied
 from qdeploy.target import Target, missing_features
+from tests.compile.kernels import Kernels, built
 from tests.compile.test_fuse import CPUS
 
 F = np.float32
@@ -30,9 +31,8 @@ def resolved(cpu: str) -> Resolved:
     return found
 
 
-def build(functions: dict, target: Resolved) -> tvm.runtime.Module:
-    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
-        return tvm.compile(tvm.IRModule(functions), target=target.tvm)
+def build(functions: dict, target: Resolved) -> Kernels:
+    return built(functions, target.tvm)
 
 
 def planes(buffer: np.ndarray, layout: Layout) -> np.ndarray:

@@ -92,9 +92,9 @@ NETS: dict[str, tuple[Build, list[str]]] = {
     "residual": (residual, ["quantize", "conv", "conv add", "conv add", "conv", "conv add"]),
     "wide": (wide, ["quantize", "conv", "conv add", "conv table", "conv"]),
     "chains": (
-        chains, ["quantize", "conv table", "conv table", "conv table", "average_pool", "conv table", "mul"],
+        chains, ["quantize", "conv table", "conv table", "conv table", "mean", "conv table", "mul"],
     ),
-    "shared": (shared, ["quantize", "conv", "conv", "table", "average_pool", "conv", "add", "add"]),
+    "shared": (shared, ["quantize", "conv", "conv", "table", "mean", "conv", "add", "add"]),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import tvm
 from qdeploy.bundle.planes import container, join, pack, pack_part, sort_bits, split_cheapest
 from qdeploy.bundle.tables import TensorLevel
 from qdeploy.compile.kernels.join import LAYOUTS, LENGTH, UNUSED, join_kernel
-from tests.compile.kernels import built, target_of
+from tests.compile.kernels import exported, target_of
 
 Kernel = Callable[..., None]
 
@@ -19,7 +19,7 @@ Kernel = Callable[..., None]
 @pytest.fixture(scope="module", params=["vpdpbusd", "pmaddwd", "portable"])
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     resolved = target_of(request.param)
-    return built({"join": join_kernel("join", resolved.features)}, resolved.tvm)["join"]
+    return exported({"join": join_kernel("join", resolved.features)}, resolved.tvm)["join"]
 
 
 def bias_of(bits: int, shift: int, offset: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +15,7 @@ from qdeploy.compile import artifact as loading
 from qdeploy.compile import lower
 from qdeploy.compile.artifact import Artifact, load_artifact, opened
 from qdeploy.compile.codegen import cores
+from qdeploy.compile.fuse import fuse
 from qdeploy.compile.llvm import resolve
 from qdeploy.compile.pipeline import Options, build, compile_model, describe
 from qdeploy.compile.read.handlers import read_graph
@@ -69,7 +69,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, target: Target, less: str = "") -> 
 
 @pytest.mark.parametrize("count", ["1", "3", None])
 def test_threads_change_no_code(
-    count: str | None, net: FrozenNet, model: Path, monkeypatch: pytest.MonkeyPatch
+    count: str | None, net: FrozenNet, model: Path, monkeypatch: pytest.MonkeyPatch, device_environment: dict[str, str]
 ) -> None:
     folder = model.parent / "threads"
     if not folder.exists():
@@ -90,7 +90,7 @@ np.save(folder / "y.npy", np.concatenate([artifact.codes(x[None], packed) for x 
 import tvm
 print(tvm.get_global_func("runtime.NumThreads")())
 """
-    kept = {name: value for name, value in os.environ.items() if name not in loading.THREAD_VARIABLES}
+    kept = {name: value for name, value in device_environment.items() if name not in loading.THREAD_VARIABLES}
     environment = kept | ({} if count is None else {"TVM_NUM_THREADS": count})
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder)],
@@ -105,7 +105,7 @@ print(tvm.get_global_func("runtime.NumThreads")())
 
 
 def test_small_layers_are_not_spread(model: Path) -> None:
-    graph = read_graph(parse_model(model.read_bytes()))
+    graph = fuse(read_graph(parse_model(model.read_bytes())), lookup=True)
     dot = resolve(PORTABLE).dot
     few = lower.lower(graph, dot, threads=4)
     assert few.kernels.keys() == lower.lower(graph, dot).kernels.keys()

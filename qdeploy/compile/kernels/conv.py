@@ -12,14 +12,14 @@ where there is but one tile of pixels (a fully connected layer, whose time is th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from qdeploy.compile.kernels import depthwise, tiles
-from qdeploy.compile.kernels.correct import correct
+from qdeploy.compile.kernels.correct import SUMS, centred, correct, window_sum
 from qdeploy.compile.kernels.dots import (
     GROUP,
     dot_inputs,
@@ -33,7 +33,7 @@ from qdeploy.compile.kernels.dots import (
 from qdeploy.compile.kernels.emit import Buffer, Expr, cast, const, load, local, loop, prim_func, spread, store, typed
 from qdeploy.compile.kernels.layout import fill_border
 from qdeploy.compile.kernels.requantize import Operands, Piece, finish, limits
-from qdeploy.compile.kernels.spec import TABLE_BYTES, ConvSpec
+from qdeploy.compile.kernels.spec import TABLE_BYTES, Choice, ConvSpec
 
 UNPACKED = 1 << 18  # packed weights that are unpacked at once where several tiles multiply them: bytes of stack
 
@@ -54,16 +54,16 @@ def cycles(spec: ConvSpec, pixels: int, blocks: int) -> float:
     return spec.segments * (spec.quads * quad + 4) + 2.5 * count + 10
 
 
-def tile(spec: ConvSpec, pixels: int) -> tuple[int, int]:
-    """(pixels, blocks) of one register tile for rows of `pixels`: the pair that takes least time.
+def register_tiles(spec: ConvSpec) -> list[tuple[int, int]]:
+    """(pixels, blocks) of all register tiles of a dense kernel, those that take least time first.
 
     Beside the sums, registers hold the inputs or the weights of a quad (what there is less of) and one of the others;
     a product where it is added apart, and the ones of pmaddubsw. Remainders are code of their own: they have to be
     worth it.
     """
-    dot = spec.multiply
+    dot, (_, pixels) = spec.multiply, spec.lines
     free = dot.registers - {"vpdpbusd": 1, "pmaddwd": 2, "pmaddubsw": 3}[dot.instruction]
-    best = (float("inf"), 1, 1)
+    found = []
     for blocks in range(1, min(spec.blocks, 4 if pixels > 1 else 6) + 1):  # more blocks store too short runs
         for size in range(1, min(pixels, free) + 1):
             if size * blocks + min(size, blocks) > free:
@@ -72,8 +72,30 @@ def tile(spec: ConvSpec, pixels: int) -> tuple[int, int]:
             columns = [(blocks, spec.blocks // blocks), (spec.blocks % blocks, 1)]
             cost = sum(n * k * cycles(spec, m, b) for m, n in runs for b, k in columns if m and b)
             cost *= 1.02 ** ((pixels % size > 0) + (spec.blocks % blocks > 0))
-            best = min(best, (cost, size, blocks))
-    return best[1], best[2]
+            found.append((cost, size, blocks))
+    return [(size, blocks) for _, size, blocks in sorted(found)]
+
+
+def tile(spec: ConvSpec) -> tuple[int, int]:
+    """(pixels, blocks) of one register tile: as chosen, or what takes least time."""
+    return (spec.choice.pixels, spec.choice.blocks) if spec.choice is not None else register_tiles(spec)[0]
+
+
+def way(spec: ConvSpec) -> Choice:
+    """How `spec` is computed: as chosen, or as the cost models say."""
+    return Choice("dense", *tile(spec)) if spec.family == "dense" else Choice(spec.family)
+
+
+def ways(spec: ConvSpec) -> list[Choice]:
+    """All ways to compute `spec`: first what the cost models say, then other kernels, then other register tiles."""
+    free = replace(spec, choice=None)
+    if spec.depthwise:
+        found = [Choice("depthwise_rows")] * free.rows_apply + [Choice("depthwise")]
+    else:
+        found = [Choice("tiles")] * free.tiles_apply
+        found += [Choice("dense", *shape) for shape in register_tiles(spec)]
+    default = way(free)
+    return [default, *(choice for choice in found if choice != default)]
 
 
 def conv_kernel(name: str, spec: ConvSpec) -> tirx.PrimFunc:
@@ -153,11 +175,12 @@ def widened(spec: ConvSpec, first: Expr, rows: Expr, most: int, o: Operands) -> 
 
 def dense_tile(
     spec: ConvSpec, shape: tuple[int, int], block: Expr, last: bool, at: tuple[Expr, Expr], group: Expr,
-    codes: Codes, weights: Weights, o: Operands,
+    codes: Codes, sums: Callable[[int], Expr] | None, weights: Weights, o: Operands,
 ) -> None:  # fmt: skip
     """One register tile of `shape` = (pixels, blocks) from `block` on; `at`: offsets of its first window and pixel.
 
-    `last`: its last block is the last one of all, of which only the tail is stored.
+    `last`: its last block is the last one of all, of which only the tail is stored. `sums(m)`: sum of the codes under
+    the window of pixel m, where it was computed before.
     """
     lanes, (pixels, blocks) = spec.dot.lanes, shape
     first = (group * spec.blocks + block) * lanes
@@ -168,15 +191,16 @@ def dense_tile(
             store(acc[m * blocks + j], bias, 0, lanes)
     x_at = at[0] + group * spec.inputs
     multiply(spec, acc, shape, group * spec.blocks + block, x_at - codes.base, codes.buffer, weights)
-    correct(spec, acc, shape, first, x_at, o)
+    step = spec.window.stride[1] * spec.x.channels
+    correct(spec, acc, shape, first, sums or (lambda m: window_sum(spec, o.x, x_at + m * step)), o)
     scales = [T.Bind(load(o.scale, first + j * lanes, lanes)) for j in range(blocks)]
     base = at[1] + group * spec.outputs + block * lanes
     pieces = []
     for m in range(pixels):
         for j in range(blocks):
             valid = spec.tail if last and j == blocks - 1 else lanes
-            sums = load(acc[m * blocks + j], 0, lanes)
-            pieces.append(Piece(sums, scales[j], valid, base, m * spec.y.channels + j * lanes))
+            total = load(acc[m * blocks + j], 0, lanes)
+            pieces.append(Piece(total, scales[j], valid, base, m * spec.y.channels + j * lanes))
     finish(pieces, o, lanes)
 
 
@@ -246,10 +270,41 @@ def multiply(
     loop(spec.segments, segment)
 
 
+def window_sums(spec: ConvSpec, first: Expr, count: Expr, shape: tuple[int, int], o: Operands) -> Buffer | None:
+    """int32 [group][row][pixel], sums of the codes under the windows of `count` rows from `first` on, on the stack.
+
+    `shape`: rows at most, and pixels of a row. Nothing is written where all weight zero points are 0; None: too many.
+    """
+    rows, width = shape
+    if spec.groups * rows * width > SUMS:
+        return None
+    buffer = local(spec.groups * rows * width, "int32")
+
+    def row(g: Expr, h: Expr) -> None:
+        def pixel(p: Expr) -> None:
+            total = window_sum(spec, o.x, spec.pixel(first + h, p) + g * spec.inputs)
+            store(buffer, total, (g * rows + h) * width + p)
+
+        loop(width, pixel)
+
+    with T.If(centred(spec, o)), T.Then():
+        loop(spec.groups, lambda g: turns(count, partial(row, g)))
+    return buffer
+
+
+def turns(count: Expr, body: Callable[[Expr], None]) -> None:
+    """`body(i)` for i below `count`, which may not be known when compiling."""
+    if isinstance(count, int):
+        loop(count, body)
+    else:
+        with T.serial(0, count) as i:
+            body(i)
+
+
 def dense(spec: ConvSpec, o: Operands) -> None:
     """All groups, blocks, rows and pixels of a convolution that is not depthwise."""
-    rows, width = (1, spec.y.height * spec.y.width) if spec.flat else (spec.y.height, spec.y.width)
-    pixels, blocks = tile(spec, width)
+    rows, width = spec.lines
+    pixels, blocks = tile(spec)
     whole = (spec.blocks - (spec.tail < spec.dot.lanes)) // blocks  # steps of full tiles; a tail is code of its own
     by_blocks = spec.groups * whole >= rows  # what threads share
     threads = 1 if by_blocks else spec.threads
@@ -260,26 +315,26 @@ def dense(spec: ConvSpec, o: Operands) -> None:
         first = i * size
         count = size if rows % size == 0 else T.Min(const(size), rows - first)
         codes = widened(spec, first, count, size, o) if spec.widens else Codes(o.x, 0)
+        sums = window_sums(spec, first, count, (size, width), o)
 
         def block(g: Expr, b: Expr, number: int, last: bool) -> None:
             weights = Weights(o.w, 0, spec.packed)
             if spec.packed and rows * width > pixels and number * spec.block_bytes <= UNPACKED:
                 weights = unpacked(spec, g * spec.blocks + b, number, o)
 
-            def row(h: Expr) -> None:
+            def row(i: Expr) -> None:
+                h = first + i
+
                 def run(p: Expr, length: int) -> None:
                     at = (spec.pixel(h, p), spec.y.at(h, p))
-                    dense_tile(spec, (length, number), b, last, at, g, codes, weights, o)
+                    known = None if sums is None else lambda m: load(sums, (g * size + i) * width + p + m)
+                    dense_tile(spec, (length, number), b, last, at, g, codes, known, weights, o)
 
                 loop(width // pixels, lambda i: run(i * pixels, pixels))
                 if width % pixels:
                     run(width - width % pixels, width % pixels)
 
-            if isinstance(count, int):
-                loop(count, lambda h: row(first + h))
-            else:
-                with T.serial(0, count) as h:
-                    row(first + h)
+            turns(count, row)
 
         def full(i: Expr) -> None:
             block(T.floordiv(i, whole), T.floormod(i, whole) * blocks, blocks, False)

@@ -16,7 +16,7 @@ from tvm.tirx.script import builder as T
 
 from qdeploy.compile.kernels.dots import GROUP, dot_step
 from qdeploy.compile.kernels.emit import Buffer, Expr, cast, const, load, local, loop, splat, spread, store, typed
-from qdeploy.compile.kernels.requantize import VECTORS, Operands, Piece, finish, finish_strip
+from qdeploy.compile.kernels.requantize import VECTORS, Operands, Piece, bounded, cuts, finish, finish_strip
 from qdeploy.compile.kernels.spec import ConvSpec
 
 UNROLLED = 25  # taps of a kernel that are written out
@@ -69,6 +69,10 @@ def plain_tile(spec: ConvSpec, pixels: int, block: Expr, valid: int, at: tuple[E
     else:
         loop(spec.segments, tap)
     scale = T.Bind(load(o.scale, first, lanes))
+    with T.If(load(o.integers, const(2 * spec.padded)) != const(0)), T.Then():
+        limit = cuts(scale, lanes)
+        for part in acc:
+            store(part, bounded(load(part, 0, lanes), limit, lanes), 0, lanes)
     pieces = [Piece(load(acc[m], 0, lanes), scale, valid, at[1] + first, m * spec.y.channels) for m in range(pixels)]
     finish(pieces, o, lanes)
 
@@ -157,7 +161,7 @@ def slide(spec: ConvSpec, strip: Strip, h: Expr, o: Operands) -> None:
 
 
 def centred(spec: ConvSpec, strip: Strip, h: Expr, o: Operands) -> None:
-    """As `slide`, for weight zero points that are not 0: z_w * sum q_x is subtracted. Pixel by pixel."""
+    """As `slide`, for weight zero points that are not 0 and sums that are too large. Pixel by pixel."""
     n, (_, kw) = strip.lanes, spec.window.kernel
     down, right = spec.window.dilation[0] * spec.x.row, spec.window.dilation[1] * spec.x.channels
     dot = replace(spec.multiply, lanes=n)
@@ -179,8 +183,9 @@ def centred(spec: ConvSpec, strip: Strip, h: Expr, o: Operands) -> None:
                 store(acc[v], dot_step(dot, load(acc[v], 0, n), [codes[v]], [load(o.w, at, GROUP * n)]), 0, n)
                 store(sums[v], dot_step(dot, load(sums[v], 0, n), [codes[v]], [ones]), 0, n)
         zeros = [load(o.integers, spec.padded + strip.start + v * n, n) for v in range(VECTORS)]
+        scales = [T.Bind(load(o.scale, strip.start + v * n, n)) for v in range(VECTORS)]
         found = [load(a, 0, n) - zero * load(s, 0, n) for a, s, zero in zip(acc, sums, zeros, strict=True)]
-        scales = [load(o.scale, strip.start + v * n, n) for v in range(VECTORS)]
+        found = [bounded(value, cuts(scale, n), n) for value, scale in zip(found, scales, strict=True)]
         finish_strip(found, scales, strip.valid, spec.y.at(h, p) + strip.start, o, n)
 
     loop(spec.rows_together, lambda r: loop(spec.y.width, lambda p: pixel(h + r, p)))

@@ -1,8 +1,8 @@
 """`prepare` of weights: one level's codes, scales and biases -> what convolution kernels read.
 
 A packed convolution is its weights in kernel order (spec.py), its integers int32 [2 * padded + 1] (bias with the
-input's zero point folded in, weight zero points, and at the end 1 if one of those is not 0) and its requantization
-scales float32 [padded]. Lanes of padding hold 0.
+input's zero point folded in, weight zero points, and at the end 1 if one of those is not 0 or a sum times its scale may
+leave int32) and its requantization scales float32 [padded], MOST_SCALE at most. Lanes of padding hold 0.
 
 One kernel serves every convolution with the same `PackCode`; geometry arrives as int32 arguments (`WeightSpec.sizes`):
 prepare's code would otherwise be a large part of a library. Weights are walked in the order in which they are written,
@@ -22,6 +22,7 @@ from tvm.tirx.script import builder as T
 from qdeploy.compile.kernels.dots import GROUP
 from qdeploy.compile.kernels.emit import QUANT, SCALE, ZERO, Buffer, Expr, cast, const, load, local, loop, store
 from qdeploy.compile.kernels.pack import SHIFT, Stored
+from qdeploy.compile.kernels.requantize import MOST_SCALE
 from qdeploy.compile.kernels.spec import TABLE_BYTES, ConvSpec, strip_place
 
 # int32 arguments: counts of [group][output][input][segment][tap]; quads of a packed segment; and where in the file a
@@ -122,13 +123,15 @@ class WeightSpec:
 
     def failure(self, weight: str) -> str:
         """What to say where the kernel refuses initializer `weight`; empty where it takes any."""
+        needs, remedies = [], ["compile from the ladder's widest level"]
         if self.code.narrow:
-            need = f"codes in -{NARROW} .. {NARROW}"
-        elif self.code.indices:
-            need = f"at most {CODES} different codes"
-        else:
+            needs.append(f"codes in -{NARROW} .. {NARROW}")
+        if self.code.indices:
+            needs.append(f"at most {CODES} different codes")
+            remedies.append("without --weights packed")
+        if not needs:
             return ""
-        return f"weight {weight} must have {need}, as in the compiled model: compile from the ladder's widest level"
+        return f"weight {weight} must have {' and '.join(needs)}, as in the compiled model: {', or '.join(remedies)}"
 
 
 def weights_kernel(name: str, code: PackCode) -> tirx.PrimFunc:
@@ -339,12 +342,17 @@ class Packer:
         """One output channel's bias', zero point and scale; its sum of weights is in the bias' place."""
         given, integers = self.given, self.given["integers"]
         unit = T.Bind(load(given["quant_x"], const(SCALE)) * self.value("scale", channel))
-        store(given["out_scale"], unit / load(given["quant"], const(SCALE)), at)
+        scale = T.Bind(T.Min(unit / load(given["quant"], const(SCALE)), const(MOST_SCALE, "float32")))
+        store(given["out_scale"], scale, at)
         zero, zero_x = self.zero(channel), cast("int32", load(given["quant_x"], const(ZERO)), 1)
         centred = load(integers, at) - zero * self.depth
-        store(integers, self.bias(channel, unit) - zero_x * centred, at)
+        bias = T.Bind(self.bias(channel, unit) - zero_x * centred)
+        store(integers, bias, at)
         store(integers, zero, self.lanes + at)
-        with T.If(zero != const(0)), T.Then():
+        # no sum is farther from 0; half of int32 is room enough for the rounding of these float32 numbers
+        farthest = cast("float32", self.depth, 1) * const(255.0 * 128, "float32") + T.abs(cast("float32", bias, 1))
+        far = farthest * scale > const(2.0**30, "float32")
+        with T.If(T.Or(zero != const(0), far)), T.Then():
             store(integers, const(1), self.lanes * 2)
 
     def bias(self, channel: Expr, unit: Expr) -> Expr:

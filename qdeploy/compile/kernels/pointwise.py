@@ -39,8 +39,9 @@ from qdeploy.compile.kernels.requantize import (
     VECTORS,
     cover,
     limits,
+    own_code,
+    own_limits,
     packed,
-    rounded,
     store_run,
     to_integers,
 )
@@ -208,26 +209,57 @@ def window_area(spec: PoolSpec, h: Expr, w: Expr) -> Expr:
     return spans[0] * spans[1]
 
 
-def average_pool_kernel(name: str, spec: PoolSpec, count_padding: bool) -> tirx.PrimFunc:
-    """(codes, their quantizer, output quantizer) -> codes of the mean: scale = s_x / (s_y * positions)."""
+def average_pool_kernel(name: str, spec: PoolSpec, count_padding: bool, signed: bool) -> tirx.PrimFunc:
+    """(codes, their quantizer, output quantizer) -> codes of the mean of real values; `signed`: int8 in the file."""
     kh, kw = spec.window.kernel
 
     def body(x: Buffer, quant_x: Buffer, quant: Buffer, y: Buffer) -> None:
         fill_border(y, spec.y, quant)
+        bounds, zero = own_limits(quant, signed), T.Bind(own_code(quant, ZERO, signed))
+
+        def one(h: Expr, w: Expr, c: Expr, n: int, valid: int) -> None:
+            sums = [local(n, "float32") for _ in range(VECTORS)]
+            for part in sums:
+                store(part, splat_const(0.0, "float32", n), 0, n)
+
+            def code(place: Expr) -> None:
+                for k, part in enumerate(sums):
+                    real = real_value(load(x, place + c + k * n, n), quant_x, n)
+                    store(part, load(part, 0, n) + real, 0, n)
+
+            loop(kh, lambda i: window_row(spec, h, w, i, code, False))
+            divisor = const(kh * kw) if count_padding else window_area(spec, h, w)
+            count = T.Bind(cast("float32", divisor, 1))
+
+            def mean(part: Buffer) -> Expr:
+                return load(part, 0, n) / splat(count, n) / quantizer(quant, SCALE, n) + splat(zero, n)
+
+            codes = packed([to_integers(mean(part), bounds, n) for part in sums], bounds, n, True)
+            store_run(y, codes, VECTORS * n, 0, valid, spec.y.at(h, w) + c)
+
+        vectors_of(spec, one)
+
+    params = [("x", (spec.x.size,), "uint8"), ("quant_x", *QUANT), ("quant", *QUANT), ("y", (spec.y.size,), "uint8")]
+    return prim_func(name, params, body)
+
+
+def mean_kernel(name: str, spec: PoolSpec) -> tirx.PrimFunc:
+    """(codes, their quantizer, output quantizer) -> codes of the mean of whole windows, from their integer sums."""
+    area = spec.window.kernel[0] * spec.window.kernel[1]
+
+    def body(x: Buffer, quant_x: Buffer, quant: Buffer, y: Buffer) -> None:
+        fill_border(y, spec.y, quant)
         bounds = limits(quant)
+        offset = T.Bind(cast("int32", load(quant_x, const(ZERO)), 1) * const(area))
+        scale = T.Bind(load(quant_x, const(SCALE)) / (load(quant, const(SCALE)) * const(float(area), "float32")))
 
         def one(h: Expr, w: Expr, c: Expr, n: int, valid: int) -> None:
             acc = [local(n, "int32") for _ in range(VECTORS)]
-            area = T.Bind(window_area(spec, h, w))
-            offset = T.Bind(cast("int32", load(quant_x, const(ZERO)), 1) * area)
             for part in acc:
                 store(part, splat(const(0) - offset, n), 0, n)
             window_sums(spec, x, (h, w, c), acc, n)
-            divisor = const(kh * kw) if count_padding else area
-            unit = load(quant, const(SCALE)) * cast("float32", divisor, 1)
-            scale = T.Bind(load(quant_x, const(SCALE)) / unit)
-            vectors = [rounded(load(part, 0, n), splat(scale, n), bounds, n) for part in acc]
-            codes = packed(vectors, bounds, n, True)
+            real = [cast("float32", load(part, 0, n), n) * splat(scale, n) for part in acc]
+            codes = packed([to_integers(value, bounds, n) for value in real], bounds, n, True)
             store_run(y, codes, VECTORS * n, 0, valid, spec.y.at(h, w) + c)
 
         vectors_of(spec, one)

@@ -1,9 +1,12 @@
 """The end of kernels: int32 accumulators or float32 values -> codes, four vectors at a time.
 
-    min(float32(acc) * scale, highest - zero) -> rne -> pack to 16 bits -> + zero point -> pack to uint8 -> max(lowest)
+    min(value, highest - zero) -> rne -> pack to 16 bits -> + zero point -> pack to uint8 -> max(lowest)
 
 is docs/integers.md's order with the upper bound taken before rounding: it is an integer, so the result is the same, and
-no product is too large for the conversion. Both packings saturate; what saturates lies outside 0..255 and is clamped.
+no value is too large for the conversion. Both packings saturate; what saturates lies outside 0..255 and is clamped.
+
+A convolution's products float32(acc) * scale need no bound of float32: `prepare` finds out whether one may leave int32
+(pack_weights.py), and only then are sums cut first (`bounded`). The upper bound is taken last, of 64 bytes at once.
 
 A convolution may go on from there (graph.Then): its codes are looked up in a table, or another tensor is added to them.
 """
@@ -39,6 +42,7 @@ from qdeploy.compile.llvm import Dot
 
 SHIFT = 128  # int8 codes + 128 are uint8 codes
 MAGIC = 1.5 * 2**23  # floats near it are whole numbers
+MOST_SCALE = 512.0  # a larger scale of a convolution changes no code: from 512 on, every sum but 0 saturates
 LEAST = 4  # lanes of the narrowest vectors
 VECTORS = 4  # vectors of int32 that become one vector of bytes
 # lanes of int32 -> intrinsics: float32 to int32 (rne), int32 to int16, int16 to uint8, both saturating, dwords permuted
@@ -66,6 +70,7 @@ class Limits:
     top: Expr  # float32: highest code - zero point
     zero: Expr  # int16
     low: Expr  # uint8
+    high: Expr  # uint8
 
 
 @dataclass(frozen=True)
@@ -144,15 +149,20 @@ class Operands:
 def limits(quant: Buffer) -> Limits:
     """Read a packed quantizer."""
     zero = quantizer(quant, ZERO, 1)
-    whole = [cast("int32", load(quant, const(field)), 1) for field in (ZERO, LOW)]
+    whole = cast("int32", load(quant, const(ZERO)), 1)
     top = T.Bind(load(quant, const(HIGH)) - zero)
-    return Limits(top, T.Bind(cast("int16", whole[0], 1)), T.Bind(cast("uint8", whole[1], 1)))
+    return Limits(top, T.Bind(cast("int16", whole, 1)), _code(quant, LOW), _code(quant, HIGH))
 
 
 def own_limits(quant: Buffer, signed: bool) -> Limits:
     """Bounds for float32 codes as the file counts them, zero point included: int8 ones are 128 less than ours."""
-    low = T.Bind(cast("uint8", cast("int32", load(quant, const(LOW)), 1), 1))
-    return Limits(T.Bind(own_code(quant, HIGH, signed)), const(SHIFT if signed else 0, "int16"), low)
+    top, zero = T.Bind(own_code(quant, HIGH, signed)), const(SHIFT if signed else 0, "int16")
+    return Limits(top, zero, _code(quant, LOW), _code(quant, HIGH))
+
+
+def _code(quant: Buffer, field: int) -> Expr:
+    """LOW or HIGH of a packed quantizer, uint8."""
+    return T.Bind(cast("uint8", cast("int32", load(quant, const(field)), 1), 1))
 
 
 def own_code(quant: Buffer, field: int, signed: bool) -> Expr:
@@ -211,23 +221,38 @@ def call(dtype: str, lanes: int, name: str, *args: Expr) -> Expr:
     return T.call_llvm_pure_intrin(typed(dtype, lanes), f"llvm.x86.{name}", *args)
 
 
-def rounded(acc: Expr, scale: Expr, bounds: Limits, lanes: int) -> Expr:
-    """int32 -> int32 codes less the zero point, cut at the top only."""
-    return to_integers(cast("float32", acc, lanes) * scale, bounds, lanes)
-
-
 def to_integers(real: Expr, bounds: Limits, lanes: int) -> Expr:
     """float32 in units of the output's scale -> int32, rounded to nearest even, cut at the top only."""
-    real = T.Min(real, splat(bounds.top, lanes))
+    return rounded(T.Min(real, splat(bounds.top, lanes)), lanes)
+
+
+def rounded(real: Expr, lanes: int) -> Expr:
+    """float32 that int32 can hold, or is negative -> int32, rounded to nearest even."""
     if lanes == 16:  # 4: round as the processor is set, to nearest even
         return call("int32", 16, CONVERT[16], real, splat(const(0), 16), const(-1, "int16"), const(4))
     return call("int32", lanes, CONVERT[lanes], real)
 
 
-def packed(vectors: list[Expr], bounds: Limits, lanes: int, in_order: bool) -> Expr:
-    """4 vectors of `rounded` -> uint8 [4 * lanes], one vector behind the other when `in_order`.
+def cuts(scale: Expr, lanes: int) -> Expr:
+    """How far from 0 sums may be so that no product with `scale` (at most MOST_SCALE) leaves int32: int32.
 
-    Otherwise each 16 bytes hold 4 codes of each vector in turn, which is how packing leaves them.
+    What `bounded` cuts saturates anyway.
+    """
+    reach, far = T.Bind(splat(const(MOST_SCALE, "float32"), lanes) / scale), splat(const(2.0**30, "float32"), lanes)
+    cut = cast("int32", T.Min(reach, far), lanes) + splat(const(1), lanes)
+    return T.Bind(T.Select(reach < far, cut, splat(const(2**31 - 1), lanes)))
+
+
+def bounded(acc: Expr, cut: Expr, lanes: int) -> Expr:
+    """Sums no farther from 0 than `cut`."""
+    return T.Max(T.Min(acc, cut), splat(const(0), lanes) - cut)
+
+
+def packed(vectors: list[Expr], bounds: Limits, lanes: int, in_order: bool, cut: bool = False) -> Expr:
+    """4 vectors of whole numbers less the zero point -> uint8 [4 * lanes], one vector behind the other when `in_order`.
+
+    Otherwise each 16 bytes hold 4 codes of each vector in turn, which is how packing leaves them. `cut`: the vectors
+    are not cut at the top yet.
     """
     halves = []
     for i in (0, 2):
@@ -236,6 +261,8 @@ def packed(vectors: list[Expr], bounds: Limits, lanes: int, in_order: bool) -> E
         halves.append(T.call_llvm_pure_intrin(typed("int16", 2 * lanes), "llvm.sadd.sat", half, offset))
     codes = call("uint8", 4 * lanes, BYTES[lanes], *halves)
     codes = T.Max(codes, splat(bounds.low, 4 * lanes))
+    if cut:
+        codes = T.Min(codes, splat(bounds.high, 4 * lanes))
     if in_order and lanes in PERMUTE:
         # dword i of the result is dword (i mod q) * 4 + i / q, q = lanes / 4: the permutation takes i * 4 modulo lanes
         quarter = splat(const({8: 1, 16: 2}[lanes]), lanes)
@@ -287,11 +314,11 @@ def finished(pieces: list[Piece], o: Operands, lanes: int) -> Expr:
     """The codes of 4 vectors, after what the convolution does to them."""
     bounds = o.limits
     if o.sum is None:
-        vectors = [rounded(p.acc, p.scale, bounds, lanes) for p in pieces]
+        vectors = [rounded(cast("float32", p.acc, lanes) * p.scale, lanes) for p in pieces]
     else:
         bounds = o.sum.parameters.limits
         vectors = [to_integers(summed(p, o.sum, o.limits, lanes), bounds, lanes) for p in pieces]
-    codes = packed(vectors, bounds, lanes, True)
+    codes = packed(vectors, bounds, lanes, True, cut=o.sum is None)
     return codes if o.dot is None else look_up_part(o.dot, o.tables, codes, VECTORS * lanes)
 
 
@@ -310,8 +337,8 @@ def summed(piece: Piece, s: Sum, bounds: Limits, lanes: int) -> Expr:
 
 def finish_strip(acc: list[Expr], scales: list[Expr], valid: int, at: Expr, o: Operands, n: int) -> None:
     """Requantize 4 vectors of `n` interleaved channels (depthwise.rows) and store the first `valid` codes at `at`."""
-    vectors = [rounded(a, s, o.limits, n) for a, s in zip(acc, scales, strict=True)]
-    codes = packed(vectors, o.limits, n, False)
+    vectors = [rounded(cast("float32", a, n) * s, n) for a, s in zip(acc, scales, strict=True)]
+    codes = packed(vectors, o.limits, n, False, cut=True)
     if o.dot is not None:
         codes = look_up_part(o.dot, o.tables, codes, VECTORS * n)
     store_run(o.y, codes, VECTORS * n, 0, valid, at)

@@ -34,8 +34,21 @@ TABLE_BYTES = 64  # codes of packed weights: a table of 16, once in each 128 bit
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One of the ways to compute a convolution.
+
+    `family`: dense, tiles (AMX), depthwise or depthwise_rows. A dense kernel computes `pixels` x `blocks` vectors of
+    output channels in registers; the others have no such choice (0).
+    """
+
+    family: str
+    pixels: int = 0
+    blocks: int = 0
+
+
+@dataclass(frozen=True)
 class ConvSpec:
-    """Everything that a convolution's code depends on: geometry and target, no values."""
+    """Everything that a convolution's code depends on: geometry, target and way, no values."""
 
     x: Layout
     y: Layout
@@ -46,6 +59,7 @@ class ConvSpec:
     narrow: bool = False  # all weights are in -64 .. 64, so that no pair of products saturates 16 bits
     packed4: bool = False  # dense weights may be kept as 4-bit indices: they have at most 16 different codes
     then: Fused | None = None  # what is done to the codes before they are stored
+    choice: Choice | None = None  # the way; None: what the cost models say
 
     @property
     def depthwise(self) -> bool:
@@ -75,21 +89,29 @@ class ConvSpec:
     @property
     def family(self) -> str:
         """Which kernel computes it."""
+        if self.choice is not None:
+            return self.choice.family
         if self.depthwise:
-            return "depthwise_rows" if self.by_rows else "depthwise"
-        return "tiles" if self.tiled else "dense"
+            return "depthwise_rows" if self.rows_pay else "depthwise"
+        return "tiles" if self.tiles_pay else "dense"
 
     @property
     def by_rows(self) -> bool:
-        """Depthwise with 4 kernel rows in a lane of a dot product (depthwise.rows); its code grows with the kernel.
+        """Depthwise with 4 kernel rows in a lane of a dot product (depthwise.rows)."""
+        return self.family == "depthwise_rows"
 
-        Pixels whose windows overlap are summed up at once: few registers hold those of few pixels.
-        """
+    @property
+    def rows_apply(self) -> bool:
+        """It can be computed by rows; the code of that grows with the kernel."""
+        byte_products = self.multiply.instruction in ("vpdpbusd", "pmaddubsw")
+        return self.depthwise and prod(self.window.kernel) <= 25 and byte_products
+
+    @property
+    def rows_pay(self) -> bool:
+        """Pixels whose windows overlap are summed up at once: few registers hold those of few pixels."""
         dot = self.multiply
-        if not self.depthwise or prod(self.window.kernel) > 25 or dot.instruction not in ("vpdpbusd", "pmaddubsw"):
-            return False
         most = 9 if dot.instruction == "vpdpbusd" or dot.registers >= 32 else 3
-        return -(-self.extent // self.window.stride[1]) <= most
+        return self.rows_apply and -(-self.extent // self.window.stride[1]) <= most
 
     @property
     def row_quads(self) -> int:
@@ -196,16 +218,24 @@ class ConvSpec:
 
     @property
     def tiled(self) -> bool:
-        """Multiplied in AMX tiles, where that takes fewer cycles for a pixel of a block than dot products.
+        """Multiplied in AMX tiles."""
+        return self.family == "tiles"
+
+    @property
+    def tiles_apply(self) -> bool:
+        """It can be computed in AMX tiles, whose rows are neighbouring pixels."""
+        return self.dot.tiles and self.groups == 1 and not self.packed4 and self.lines[1] > 1
+
+    @property
+    def tiles_pay(self) -> bool:
+        """Tiles take fewer cycles for a pixel of a block than dot products.
 
         Cycles as measured on Sapphire Rapids, fixed part with requantization first. A tile takes its time whatever the
         part of it that is used, so few pixels, as of a fully connected layer, or few channels make tiles lose.
         """
-        if not self.dot.tiles or self.groups > 1 or self.packed4:
-            return False
-        pixels = min(TILE_ROWS, self.y.height * self.y.width if self.flat else self.y.width)
+        pixels = min(TILE_ROWS, self.lines[1])
         parts = self.segments * -(-self.least_quads // TILE_QUADS)
-        return pixels > 1 and 3.6 + 17.8 * parts / pixels < 2.6 + 0.49 * self.segments * self.least_quads
+        return self.tiles_apply and 3.6 + 17.8 * parts / pixels < 2.6 + 0.49 * self.segments * self.least_quads
 
     @property
     def chunk(self) -> int:
@@ -286,6 +316,11 @@ class ConvSpec:
         plain = self.window == Window((1, 1)) and self.x.border == self.y.border == (0, 0, 0, 0)
         fits = self.multiply.instruction != "pmaddwd" or self.x.size <= WIDENED
         return plain and not self.depthwise and fits
+
+    @property
+    def lines(self) -> tuple[int, int]:
+        """Rows of outputs, and neighbouring pixels in each, as a dense kernel walks them."""
+        return (1, self.y.height * self.y.width) if self.flat else (self.y.height, self.y.width)
 
     def segment_offset(self, segment: Expr) -> Expr:
         """Bytes from a window's first code to segment `segment`."""

@@ -16,6 +16,7 @@ from qdeploy.compile.read.values import Refused, Result, Stored, View, window_of
 from qdeploy.qdq import attributes
 
 NARROW = 64  # of weight codes: 2 * 255 * 64 fits 16 bits
+FEW = 16  # different weight codes: 4 bits tell them apart
 
 
 def conv(reader: Reader, node: NodeProto) -> None:
@@ -146,9 +147,11 @@ def weights(reader: Reader, node: NodeProto, axis: int, order: str, groups: int 
     bias = _bias(reader, node.input[2] if len(node.input) > 2 else "", channels)
     clips, codes = _clips(reader, stored), reader.arrays[weight]
     narrow = codes.dtype == np.int8 and bool(np.all(np.abs(codes.astype(np.int16)) <= NARROW))
+    few = not stored.real and np.unique(codes).size <= FEW
     return Weights(
-        weight, kind == np.int8, stored.scale, stored.zero_point, *bias, channels, order, *clips, narrow, stored.real
-    )
+        weight, kind == np.int8, stored.scale, stored.zero_point, *bias, channels, order, *clips, narrow, stored.real,
+        few,
+    )  # fmt: skip
 
 
 def _clips(reader: Reader, stored: Stored) -> tuple[str | None, str | None]:

@@ -66,7 +66,7 @@ def _mean(reader: Reader, node: NodeProto, keep: bool) -> None:
     if len(view.dims) not in (3, 4) or view.dims[0] != 1:
         raise Refused(f"its input {list(view.dims)} is not [1, C, H, W]")
     channels, height, width = reader.shape_of(view)
-    op = Op("average_pool", "", (view.operand,), "", Window((height, width)))
+    op = Op("mean", "", (view.operand,), "", Window((height, width)))
     kept = (1,) * (len(view.dims) - 2) if keep else ()
     reader.put(node, op, (channels, 1, 1), (1, channels, *kept))
 
