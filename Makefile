@@ -8,7 +8,7 @@ export PYTHON TORCH_INDEX
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test check bench bench-compile models
+.PHONY: help demo test check bench bench-compile models claims
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make check   ruff check, ruff format --check, mypy"
 	@echo "make bench   the benchmarks of tools/, one after the other"
 	@echo "make bench-compile   compiled networks beside ONNX Runtime and OpenVINO (BENCH='--data-dir DIR --networks ...')"
+	@echo "make claims  the next missing cells of docs/claims.md (CLAIMS='--budget-min 60 --data-dir DIR'; --list shows them)"
 	@echo "make models  remake the shipped checkpoint and its card (hours; DATA_DIR=folder of the full dataset)"
 	@echo
 	@echo "The first of them sets up $(VENV): 2 GB of disk and 1 to 5 minutes with a CPU build of torch; the default"
@@ -53,6 +54,9 @@ bench: $(VENV)/.bench-installed
 
 models: $(STAMP)
 	$(BIN)/python tools/model_card.py models/fashion-resnet8.toml $(if $(DATA_DIR),--data-dir $(DATA_DIR))
+
+claims: $(STAMP)
+	$(BIN)/python tools/claims.py $(CLAIMS)
 
 # OpenVINO is for this comparison only
 $(VENV)/.bench-installed: $(STAMP)

@@ -88,8 +88,8 @@ def train(recipe: Path, out: Path, data_dir: Path | None, threads: int) -> None:
     """
     import torch
 
-    from qdeploy.quant.parallel import joined, rank
     from qdeploy.recipe import load_recipe
+    from qdeploy.train.run import joined, rank
     from qdeploy.train.run import train as run
 
     torch.set_num_threads(threads)

@@ -54,9 +54,9 @@ def choose_spec(
             raise RecipeError(f"--budget-kib {budget_kib} is no size: give a positive number of KiB")
         if not isinstance(net, QuantNet):
             raise RecipeError(
-                "--budget-kib counts bit planes, which an EQ-Net run has none of: it learns the steps of each width by "
-                "themselves, so low-bit codes are no prefixes of high-bit ones. Choose --bits or --spec, or train with "
-                "method vertical"
+                "--budget-kib shares out the bit planes of a run of method vertical. EQ-Net and BatchQuant learn the "
+                "steps of each width by themselves, so low-bit codes are no prefixes of high-bit ones, or choose an "
+                "architecture too. Choose --bits or --spec, or train with method vertical"
             )
         low = None if nested_with is None else read_spec(nested_with)
         return allocate(net, int(budget_kib * 1024), low)

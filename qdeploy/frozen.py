@@ -37,11 +37,15 @@ OPERATORS: dict[str, dict[str, int]] = {
     "conv": {"stride": 2, "padding": 4, "dilation": 2, "groups": 1},
     "linear": {},
     "add": {},
+    "mul": {},  # the second input is a tensor of the same shape or [C, 1, 1]
+    "hard_swish": {},
+    "hard_sigmoid": {},
     "max_pool": {"kernel": 2, "stride": 2, "padding": 4},
     "global_average_pool": {},  # [C, H, W] -> [C, 1, 1]
     "flatten": {},
     "requantize": {},
 }
+TWO_INPUTS = ("add", "mul")
 KEEPS_CODES = ("max_pool", "flatten")  # output quantizer = input quantizer
 
 
@@ -153,7 +157,7 @@ class FrozenNet:
             if not (good and all(type(n) is int and n >= (0 if key == "padding" else 1) for n in numbers)):  # type: ignore[union-attr]
                 found.append(f"node {node.name}: {key} is {value!r}, {length} whole numbers are needed")
         found += [f"node {node.name} reads {name} before it is made" for name in node.inputs if name not in known]
-        if len(node.inputs) != (2 if node.op == "add" else 1):
+        if len(node.inputs) != (2 if node.op in TWO_INPUTS else 1):
             found.append(f"node {node.name}: {node.op} with {len(node.inputs)} inputs")
         if node.output in known:
             found.append(f"node {node.name} makes {node.output} a second time")

@@ -70,6 +70,11 @@ def multiplied(a: np.ndarray, b: np.ndarray, grid_a: Affine, grid_b: Affine, gri
     return product.astype(np.float32) * ratio + np.float32(grid[1])
 
 
+def hard_sigmoid(x: np.ndarray) -> np.ndarray:
+    """min(max(x / 6 + 1/2, 0), 1) in float32: the product with float32(1/6), then the sum, each rounded once."""
+    return np.clip(np.asarray(x, np.float32) * np.float32(1 / 6) + np.float32(0.5), np.float32(0), np.float32(1))
+
+
 def requantize_scale(input_scale: float, weight_scale: np.ndarray, output_scale: float) -> np.ndarray:
     """float32(float32(s_x * s_w) / s_y), per output channel."""
     product = np.float32(input_scale) * weight_scale.astype(np.float32)
@@ -135,6 +140,14 @@ def run_node(net: FrozenNet, node: Node, codes: dict[str, np.ndarray]) -> np.nda
         grids = [(q.scale, q.zero_point) for q in (*inputs, target)]
         real = added(first, codes[node.inputs[1]], grids[0], grids[1], grids[2])
         out = np.clip(np.rint(real), target.lo, target.hi).astype(np.uint8)
+    elif node.op == "mul":
+        grids = [(q.scale, q.zero_point) for q in (*inputs, target)]
+        real = multiplied(first, codes[node.inputs[1]], grids[0], grids[1], grids[2])
+        out = np.clip(np.rint(real), target.lo, target.hi).astype(np.uint8)
+    elif node.op in ("hard_swish", "hard_sigmoid"):
+        x = dequantize(first, inputs[0])
+        gate = hard_sigmoid(x)
+        out = quantize(x * gate if node.op == "hard_swish" else gate, target)
     elif node.op == "global_average_pool":
         area = first.shape[2] * first.shape[3]
         acc = (first.astype(np.int32) - inputs[0].zero_point).sum((2, 3), keepdims=True)

@@ -68,6 +68,12 @@ class Quantization:
             raise RecipeError(f"quantization.widths {list(self.widths)} must lie in {MIN_BITS}..{MAX_BITS}")
 
 
+def _check_widths(key: str, bits: tuple[int, ...]) -> None:
+    """Raise RecipeError unless `bits` are rising widths of integers."""
+    if not bits or list(bits) != sorted(set(bits)) or not all(MIN_BITS <= b <= MAX_BITS for b in bits):
+        raise RecipeError(f"quantization.{key} {list(bits)} must be rising and lie in {MIN_BITS}..{MAX_BITS}")
+
+
 @dataclass(frozen=True)
 class EQNetQuantization:
     """What is quantized and how (EQ-Net): every layer's widths, granularity and symmetry may be chosen after training.
@@ -93,9 +99,7 @@ class EQNetQuantization:
 
     def __post_init__(self) -> None:
         for key in ("weight_bits", "activation_bits"):
-            bits = getattr(self, key)
-            if not bits or list(bits) != sorted(set(bits)) or not all(MIN_BITS <= b <= MAX_BITS for b in bits):
-                raise RecipeError(f"quantization.{key} {list(bits)} must be rising and lie in {MIN_BITS}..{MAX_BITS}")
+            _check_widths(key, getattr(self, key))
         for key in ("granularity", "symmetry"):
             names = getattr(self, key)
             if not names or len(set(names)) != len(names):
@@ -126,16 +130,64 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class BatchQuantization:
+    """What is quantized and how (BatchQuant, QFA): any architecture of an elastic network with any widths a layer.
+
+    `estimator` is that of an activation's extreme values: the mean of each channel's (eq. 8), those of all (eq. 7), or
+    mean and three deviations (eq. 9). `weights` "lsq" learns a step for every width; with "vertical" low-bit codes are
+    prefixes of the top ones, so that subnets of one architecture make a ladder. Smaller `kernels` are the centre of
+    larger ones, or that times a learned matrix (which does not nest). `mixed_phase` comes before the quantized phase
+    and also draws layers in floating point (left out: training in one stage). A step sums the gradients of the largest,
+    the smallest and `random_subnets` subnets and is bounded by `gradient_norm`.
+    """
+
+    method: Literal["batchquant"]
+    weight_bits: tuple[int, ...] = (2, 3, 4)
+    activation_bits: tuple[int, ...] = (2, 3, 4)
+    estimator: Literal["channel-mean", "extremes", "three-sigma"] = "channel-mean"
+    weights: Literal["lsq", "vertical"] = "lsq"
+    kernels: Literal["crop", "transform"] = "crop"
+    mixed_phase: Schedule | None = None
+    random_subnets: int = 4
+    gradient_norm: float = 500.0
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Weight widths, as `Quantization` calls them."""
+        return self.weight_bits
+
+    def __post_init__(self) -> None:
+        for key in ("weight_bits", "activation_bits"):
+            _check_widths(key, getattr(self, key))
+        if self.weights == "vertical" and self.kernels == "transform":
+            raise RecipeError(
+                'quantization.kernels is "transform": a transformed kernel is no slice of the larger one\'s codes, so '
+                'weights = "vertical" would not nest; choose kernels = "crop"'
+            )
+        if self.random_subnets < 0 or not (math.isfinite(self.gradient_norm) and self.gradient_norm > 0):
+            raise RecipeError(
+                "quantization.random_subnets is 0 or more, quantization.gradient_norm finite and positive"
+            )
+
+
+AnyQuantization = Quantization | EQNetQuantization | BatchQuantization
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """A whole training: network, data, quantization, the float phase and the quantized phase."""
+    """A whole training: network, data, quantization, the float phase and the quantized phase.
+
+    `precision` "bfloat16" computes convolutions in that type (autocast); quantizers and sums stay in float32.
+    """
 
     name: str
     network: NetworkChoice
     data: DataChoice
-    quantization: Quantization | EQNetQuantization = field(default_factory=Quantization)
+    quantization: AnyQuantization = field(default_factory=Quantization)
     float_phase: Schedule = field(default_factory=lambda: Schedule(8, 0.1, 5e-4, nesterov=True))
     quantized_phase: Schedule = field(default_factory=lambda: Schedule(8, 0.01, 1e-4))
     seed: int = 0
+    precision: Literal["bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 63:

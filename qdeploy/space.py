@@ -20,6 +20,7 @@ from qdeploy.files import canonical_json, parse_json, sha256
 
 SPEC_VERSION = 1
 MIN_BITS, MAX_BITS = 2, 8
+FLOAT_BITS = 32  # a width of training alone: left in floating point
 GRANULARITIES = ("tensor", "channel")  # one weight step a tensor, or one an output channel
 SYMMETRIES = ("symmetric", "asymmetric")  # weight zero point 0, or an integer of the tensor
 OPTIONS = {"granularity": GRANULARITIES, "symmetry": SYMMETRIES}
@@ -51,7 +52,7 @@ class LayerBits:
     def __post_init__(self) -> None:
         for field in ("weight_bits", "activation_bits"):
             bits = getattr(self, field)
-            if not _whole(bits) or not MIN_BITS <= bits <= MAX_BITS:
+            if not _whole(bits) or not (MIN_BITS <= bits <= MAX_BITS or bits == FLOAT_BITS):
                 raise RecipeError(
                     f"{field} of layer {self.layer} is {bits!r}: choose a whole number from {MIN_BITS} to {MAX_BITS}"
                 )

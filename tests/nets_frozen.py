@@ -108,6 +108,16 @@ class Builder:
             Node(name, "add", (a, b), f"{name}.out", relu), _quantizer(np.maximum(real, 0) if relu else real, 8, False)
         )
 
+    def mul(self, name: str, a: str, b: str) -> str:
+        """Product at 8 bits; `b` may be [C, 1, 1]."""
+        return self.emit(Node(name, "mul", (a, b), f"{name}.out"), _quantizer(self.real(a) * self.real(b), 8, False))
+
+    def activation(self, name: str, x: str, op: str, bits: int = 8) -> str:
+        """`hard_swish` or `hard_sigmoid`."""
+        gate = np.clip(self.real(x) / 6 + 0.5, 0, 1)
+        real = self.real(x) * gate if op == "hard_swish" else gate
+        return self.emit(Node(name, op, (x,), f"{name}.out"), _quantizer(real, bits, bits < 8))
+
     def requantize(self, name: str, x: str, bits: int) -> str:
         """The same values at `bits` bits, always with a Clip."""
         return self.emit(Node(name, "requantize", (x,), f"{name}.out"), _quantizer(self.real(x), bits, True))

@@ -7,15 +7,16 @@ A legal model is one that `bundle` and `compile` can take and that ONNX Runtime 
 * **Activations** are 8-bit codes, uint8 or int8: `QuantizeLinear -> [Clip] -> DequantizeLinear` with one scalar scale
   (float32, positive, finite) and one scalar zero point, the same values on both sides. The Clip is an integer one, of
   the codes' type, with two scalar bounds around the zero point.
-* **Operators**: Conv (2-D), Gemm, MatMul (by a constant), Add, MaxPool, GlobalAveragePool, ReduceMean over height and
-  width, Flatten, Reshape to [1, n], Relu. Each reads dequantized activations and has one reader: a QuantizeLinear, or
-  a Relu and then one. That holds for a convolution before an Add too. MaxPool, Flatten and Reshape move codes:
-  their output has their input's quantizer. The output of the model comes from a DequantizeLinear.
+* **Operators**: Conv (2-D), Gemm, MatMul (by a constant), Add, Mul, HardSwish, HardSigmoid, MaxPool, GlobalAveragePool,
+  ReduceMean over height and width, Flatten, Reshape to [1, n], Relu. Each reads dequantized activations and has one
+  reader: a QuantizeLinear, or a Relu and then one. That holds for a convolution before an Add too. MaxPool, Flatten and
+  Reshape move codes: their output has their input's quantizer. The output of the model comes from a DequantizeLinear.
 * **Weights** are int8 behind a DequantizeLinear with one scale an output channel (or one in all), positive and finite,
   and one zero point a tensor: 0, or another number in an asymmetric model.
 * **Biases** are int32 behind a DequantizeLinear of scale exactly float32(input scale * weight scale), zero point 0.
 
-Our own exports also keep docs/handovers.md: opset 13, ir_version 8, canonical bytes, and the names of its table.
+Our own exports also keep docs/handovers.md: opset 13 (14 with HardSwish), ir_version 8, canonical bytes, and the names
+of its table.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from qdeploy.errors import ModelError
-from qdeploy.export.float_graph import INPUT, IR_VERSION, OPSET, OUTPUT
+from qdeploy.export.float_graph import HARD_SWISH_OPSET, INPUT, IR_VERSION, OPSET, OUTPUT
 from qdeploy.export.view import View, as_numbers, same_values
 from qdeploy.qdq import attributes, canonical_bytes, external_tensors, has_only_raw_data, numeric_roles
 
 MIN_OPSET = 13
 MOVES_CODES = ("MaxPool", "Flatten", "Reshape")
 WITH_WEIGHTS = ("Conv", "Gemm", "MatMul")
-OPERATORS = (*WITH_WEIGHTS, "Add", "GlobalAveragePool", "ReduceMean", *MOVES_CODES, "Relu")
+OF_TWO = ("Add", "Mul")
+OPERATORS = (
+    *WITH_WEIGHTS, *OF_TWO, "HardSwish", "HardSigmoid", "GlobalAveragePool", "ReduceMean", *MOVES_CODES, "Relu",
+)  # fmt: skip
 CODE_TYPES = (np.dtype(np.uint8), np.dtype(np.int8))
 
 
@@ -197,7 +201,7 @@ def _clip(view: View, node: NodeProto) -> list[str]:
 
 def _operator(view: View, node: NodeProto) -> list[str]:
     found = _output(view, node)
-    data = node.input[:2] if node.op_type == "Add" else node.input[:1]
+    data = node.input[:2] if node.op_type in OF_TWO else node.input[:1]
     for name in data:
         source = view.producer.get(name)
         if node.op_type == "Relu" and source is not None and source.op_type in OPERATORS and source.op_type != "Relu":
@@ -358,8 +362,9 @@ def _own(model: ModelProto, view: View) -> list[str]:
     """Names, roles and bytes of docs/handovers.md."""
     found = []
     opsets = [(entry.domain, entry.version) for entry in model.opset_import]
-    if opsets != [("", OPSET)] or model.ir_version != IR_VERSION:
-        found.append(f"it is not opset {OPSET} and ir_version {IR_VERSION}")
+    opset = HARD_SWISH_OPSET if any(node.op_type == "HardSwish" for node in model.graph.node) else OPSET
+    if opsets != [("", opset)] or model.ir_version != IR_VERSION:
+        found.append(f"it is not opset {opset} and ir_version {IR_VERSION}")
     names = [value.name for value in (*model.graph.input, *model.graph.output)]
     if names != [INPUT, OUTPUT]:
         found.append(f"its input and output are called {', '.join(names)}, not {INPUT} and {OUTPUT}")

@@ -9,6 +9,7 @@ from qdeploy.errors import DeviceError, ModelError
 from qdeploy.frozen import FrozenNet, Node
 
 OPSET, IR_VERSION = 13, 8
+HARD_SWISH_OPSET = 14  # the first that has the operator HardSwish
 INPUT, OUTPUT = "input", "output"
 RELU_SUFFIX = ".relu"
 
@@ -34,14 +35,21 @@ def operator(node: Node, inputs: list[str], output: str, kernel: tuple[int, ...]
         )
     if node.op == "flatten":
         return helper.make_node("Flatten", inputs, [output], node.name, axis=1)
-    kinds = {"add": "Add", "global_average_pool": "GlobalAveragePool"}
+    if node.op == "hard_sigmoid":
+        return helper.make_node("HardSigmoid", inputs, [output], node.name, alpha=1 / 6, beta=0.5)
+    kinds = {"add": "Add", "mul": "Mul", "hard_swish": "HardSwish", "global_average_pool": "GlobalAveragePool"}
     if node.op not in kinds:
         raise ModelError(f"node {node.name}: operator {node.op} cannot be exported")
     return helper.make_node(kinds[node.op], inputs, [output], node.name)
 
 
+def opset(net: FrozenNet) -> int:
+    """The ONNX opset that a network needs."""
+    return HARD_SWISH_OPSET if any(node.op == "hard_swish" for node in net.nodes) else OPSET
+
+
 def float_graph(net: FrozenNet) -> ModelProto:
-    """Conv, Gemm, Add, MaxPool, GlobalAveragePool, Flatten and Relu with the network's real weights.
+    """Conv, Gemm, Add, Mul, HardSwish, HardSigmoid, pools, Flatten and Relu with the network's real weights.
 
     A `requantize` node is no operator here: readers of its output read its input.
     """
@@ -72,7 +80,7 @@ def float_graph(net: FrozenNet) -> ModelProto:
         nodes, "main", [graph_value(INPUT, net.activations[net.input].shape)],
         [graph_value(OUTPUT, net.activations[net.output].shape)], initializers,
     )  # fmt: skip
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset(net))], ir_version=IR_VERSION)
 
 
 def real_parameters(net: FrozenNet, node: Node) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from qdeploy.errors import ModelError
-from qdeploy.export.float_graph import INPUT, IR_VERSION, OPSET, OUTPUT, RELU_SUFFIX, graph_value
+from qdeploy.export.float_graph import INPUT, IR_VERSION, OUTPUT, RELU_SUFFIX, graph_value, opset
 from qdeploy.frozen import KEEPS_CODES, FrozenNet, Node
 
 
@@ -136,4 +136,4 @@ def _model(net: FrozenNet, graph: Graph) -> ModelProto:
         [graph_value(OUTPUT, net.activations[net.output].shape)],
         [numpy_helper.from_array(np.asarray(array, order="C"), name) for name, array in graph.initializers.items()],
     )  # fmt: skip
-    return helper.make_model(proto, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+    return helper.make_model(proto, opset_imports=[helper.make_opsetid("", opset(net))], ir_version=IR_VERSION)

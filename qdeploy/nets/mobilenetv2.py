@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qdeploy.nets.parts import classifier, conv_bn, init_weights
+from qdeploy.nets.parts import classifier, conv_bn, divisible, init_weights
 
 PLAIN_WIDTH = 32  # channels behind the stem at width multiplier 1
 PLAIN_HEAD = 1280
@@ -23,9 +23,7 @@ STAGES = (
 
 def scaled(channels: int, width: int) -> int:
     """`channels` at multiplier width / 32, rounded to a multiple of 8 that is at least 90% of the exact value."""
-    exact = channels * width / PLAIN_WIDTH
-    rounded = max(8, int(exact + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * exact else rounded
+    return divisible(channels * width / PLAIN_WIDTH)
 
 
 class InvertedResidual(nn.Module):

@@ -8,6 +8,12 @@ from collections import OrderedDict
 from torch import nn
 
 
+def divisible(exact: float) -> int:
+    """A number of channels: `exact` rounded to a multiple of 8 that is at least 90% of it, 8 or more."""
+    rounded = max(8, int(exact + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * exact else rounded
+
+
 def conv_bn(
     inputs: int,
     outputs: int,
@@ -20,7 +26,7 @@ def conv_bn(
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     layers: list[tuple[str, nn.Module]] = [("conv", conv), ("bn", nn.BatchNorm2d(outputs))]
     if activation is not None:
-        layers.append(("relu", activation()))
+        layers.append(("hard_swish" if activation is nn.Hardswish else "relu", activation()))
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -31,7 +37,12 @@ def classifier(inputs: int, classes: int) -> nn.Sequential:
 
 
 def init_weights(network: nn.Module) -> None:
-    """Kaiming normal for convolutions (He et al. 2015, fan out), plain batch norms, a small classifier."""
+    """Kaiming normal for convolutions (He et al. 2015, fan out), plain batch norms, a small classifier.
+
+    A network on the device "meta" has no values and is left alone.
+    """
+    if next(network.parameters()).is_meta:
+        return
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             # torch's own fan out ignores groups and would start depthwise layers far too small

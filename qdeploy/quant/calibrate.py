@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qdeploy.errors import ModelError
+from qdeploy.quant.batchquant import BatchQuantizer
 from qdeploy.quant.layers import ActivationQuantizer
 from qdeploy.quant.simulated import SimulatedNet
 from qdeploy.space import SubnetSpec
@@ -24,20 +24,38 @@ def _batches(images: np.ndarray) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def reestimate_norms(net: SimulatedNet, spec: SubnetSpec, images: np.ndarray) -> None:
-    """Replace the batch-norm statistics that `spec` uses by their mean over calibration images uint8 [n, C, H, W]."""
-    norms = [norm for step in net.graph.steps if (norm := net.norm(step, spec)) is not None]
-    net.eval()
+def _average(
+    network: nn.Module, norms: Sequence[nn.BatchNorm2d], run: Callable[[Tensor], Tensor], images: np.ndarray
+) -> None:
+    """Replace the statistics of `norms` by their mean over the batches of `images` that `run` takes."""
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
         norm.train()
     for batch in _batches(images):
-        net(batch, spec)
+        run(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
+    network.eval()
+
+
+def reestimate_norms(net: SimulatedNet, spec: SubnetSpec, images: np.ndarray) -> None:
+    """Replace the statistics that `spec` uses by their mean over calibration images uint8 [n, C, H, W].
+
+    Those of batch norm, and in the same pass the extreme values of BatchQuant.
+    """
+    norms = [norm for step in net.graph.steps if (norm := net.norm(step, spec)) is not None]
     net.eval()
+    for quantizer in (module for module in net.modules() if isinstance(module, BatchQuantizer)):
+        quantizer.reset_extremes()
+    _average(net, norms, lambda batch: net(batch, spec), images)
+
+
+def reestimate_float_norms(network: nn.Module, images: np.ndarray) -> None:
+    """Replace the batch-norm statistics of a float network by their mean over images uint8 [n, C, H, W]."""
+    norms = [module for module in network.eval().modules() if isinstance(module, nn.BatchNorm2d)]
+    _average(network, norms, network, images)
 
 
 @torch.no_grad()
@@ -83,7 +101,7 @@ def reestimate_ranges(
 
 
 def calibrated(net: SimulatedNet, spec: SubnetSpec, images: np.ndarray) -> SimulatedNet:
-    """A copy of `net` with batch norm, and ranges of steps learned in other mixes, re-estimated for `spec`.
+    """A network of its own for `spec`, with batch norm, and ranges that other mixes taught, estimated anew.
 
     `images`: training images uint8 [n, C, H, W], CALIBRATION_BATCH or more; the first CALIBRATION_IMAGES are used.
     """
@@ -92,7 +110,7 @@ def calibrated(net: SimulatedNet, spec: SubnetSpec, images: np.ndarray) -> Simul
         raise ModelError(
             f"{len(images)} calibration images are too few for statistics: give {CALIBRATION_BATCH} or more"
         )
-    net = copy.deepcopy(net)
+    net = net.subnet(spec)
     if net.learned_in and spec not in net.learned_in:
         uniform = trained_mean_squares(net, images)  # before the statistics that training left are replaced
         reestimate_norms(net, spec, images)

@@ -10,6 +10,7 @@ learn theirs, since integer kernels take it for nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import cast
 
@@ -23,6 +24,7 @@ from qdeploy.quant.graph import Graph, Step
 from qdeploy.quant.grid import container_bits
 from qdeploy.quant.layers import MIN_STEP, ActivationQuantizer
 from qdeploy.quant.lp_error import GROUP_SAMPLE, lowest_error_steps, lowest_error_zero_point
+from qdeploy.quant.parallel import processes
 from qdeploy.quant.simulated import MIN_NORM_FACTOR, LayerCodes, SimulatedNet, safe
 from qdeploy.recipe import EQNetQuantization
 from qdeploy.space import MAX_BITS, LayerBits, LayerSpace, SubnetSpec
@@ -114,8 +116,10 @@ class ElasticActivationQuantizer(ActivationQuantizer):
             self.offset.fill_(zero_point)
         self.ready.fill_(True)
 
-    def quantize(self, x: Tensor) -> Tensor:
-        return quantize_affine(x, self.step, self.offset, 0, self.hi) if self.signed else super().quantize(x)
+    def quantize(self, x: Tensor, ceiling: float = math.inf) -> Tensor:
+        if self.signed:  # nothing with a Relu comes here, so there is no ceiling
+            return quantize_affine(x, self.step, self.offset, 0, self.hi, processes())
+        return super().quantize(x, ceiling)
 
     def frozen(self, clip: bool) -> Quantizer:
         found = super().frozen(clip)

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd import Function
+
+from qdeploy.quant.parallel import processes
 
 BORDER = 1e-6  # of a step: hardtanh_backward leaves out its bounds, which belong to the range
 
@@ -25,29 +28,49 @@ def inner_product(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum()
 
 
-class QuantizeActivation(Function):
-    """x_hat = (clamp(round(x / s) + z, 0, hi) - z) * s with a learned scalar step s and a fixed integer z.
+def in_layout(grad: Tensor, x: Tensor) -> Tensor:
+    """`grad` with the strides of `x`: pooling layers hand back another layout, which slows down all that follows."""
+    return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
 
-    Most of a training step's time would go into this, so it works in place and saves nothing but its ends.
+
+def through_range(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """Straight-through gradient: `grad` where x lies in [low, high], else 0; one pass over memory."""
+    return torch.ops.aten.hardtanh_backward(grad, x, low, high)
+
+
+class QuantizeActivation(Function):
+    """x_hat = (clamp(round(min(x, ceiling) / s) + z, 0, hi) - z) * s learned scalar step s, fixed integer z.
+
+    With z = 0 that is also the quantizer of relu(x), and with a finite ceiling of relu6(x), gradients included.
+
+    Most of a training step's time would go into this, so it makes as few passes over memory as torch allows and saves
+    nothing but its ends. The step's gradient, sum of grad * (x_hat - x where x is inside) / s, is the difference of two
+    inner products.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: int, hi: int) -> Tensor:
-        ctx.bounds = (-zero_point, hi - zero_point)
-        out = (x / step).clamp_(*ctx.bounds).round_().mul_(step)
-        ctx.save_for_backward(x, step, out)
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: int, hi: int, ceiling: float) -> Tensor:
+        s, low, high = float(step), -zero_point, hi - zero_point
+        greatest = min(high, round(ceiling / s)) if ceiling < (high + 1) * s else high
+        out = (x / step).clamp_(low, greatest).round_().mul_(step)
+        ctx.save_for_backward(x, out)
+        ctx.numbers = (s, low, high, ceiling)
         return out
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx: Any, *grads: Tensor) -> Any:  # noqa: PLR6301
-        (grad,) = grads
-        x, step, out = ctx.saved_tensors
-        s, (low, high) = float(step), ctx.bounds
-        inside = ((low - BORDER) * s, (high + BORDER) * s)
-        through = torch.ops.aten.hardtanh_backward(grad, x, *inside)  # one pass: grad where x lies inside, else 0
-        error = torch.ops.aten.hardtanh_backward(x, x, *inside).neg_().add_(out)
-        scale = 1.0 / math.sqrt(x.numel() * max(high, 1))
-        return through, inner_product(grad, error).div(s).mul_(scale).reshape(()), None, None
+        x, out = ctx.saved_tensors
+        grad = in_layout(grads[0], x)
+        s, low, high, ceiling = ctx.numbers
+        greatest = (high + BORDER) * s
+        through = through_range(grad, x, (low - BORDER) * s, min(greatest, ceiling))
+        error = inner_product(grad, out) - inner_product(through, x)
+        if ceiling < greatest:  # values above the ceiling are inside the range, as the ceiling itself
+            error -= ceiling * torch.ops.aten.threshold_backward(grad, x, ceiling).sum()
+        scale = 1.0 / math.sqrt(x.numel() * processes() * max(high, 1))
+        return through, error.mul_(scale / s).reshape(()), None, None, None
 
 
 class QuantizeWeight(Function):
@@ -58,27 +81,29 @@ class QuantizeWeight(Function):
     """
 
     @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(  # noqa: PLR0913, PLR0917
         ctx: Any, weight: Tensor, step: Tensor, top: int, shift: int, unit: int, offset: int, fine: float
     ) -> Tensor:
-        scaled = weight / step
-        codes = scaled.round().clamp_(-(1 << (top - 1)), (1 << (top - 1)) - 1)
+        half = 1 << (top - 1)
+        codes = (weight / step).round_().clamp_(-half, half - 1)
         if shift:
-            codes = torch.floor(codes / (1 << shift))
-        codes = (codes * unit + offset) * fine
-        ctx.save_for_backward(scaled, codes)
-        ctx.top = top
-        return codes * step
+            codes.mul_(0.5**shift).floor_()
+        out = codes.mul_(unit * fine).add_(offset * fine).mul_(step)
+        ctx.save_for_backward(weight, step, out)
+        ctx.half = half
+        return out
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
-        scaled, codes = ctx.saved_tensors
-        half = 1 << (ctx.top - 1)
-        inside = (scaled >= -half) & (scaled <= half - 1)
-        error = torch.where(inside, codes - scaled, codes)
-        scale = 1.0 / math.sqrt(scaled.numel() * (half - 1))
-        return (grad * inside, (grad * error).sum().mul_(scale).reshape(()), None, None, None, None, None)
+        weight, step, out = ctx.saved_tensors
+        s, half = float(step), ctx.half
+        through = through_range(grad, weight, (-half - BORDER) * s, (half - 1 + BORDER) * s)
+        error = inner_product(grad, out) - inner_product(through, weight)
+        scale = 1.0 / math.sqrt(weight.numel() * (half - 1))
+        return through, error.mul_(scale / s).reshape(()), None, None, None, None, None
 
 
 class QuantizeAffine(Function):
@@ -87,41 +112,44 @@ class QuantizeAffine(Function):
     `s` broadcasts against x ([], or one a channel), `o` is a scalar in code units. Gradient of s: LSQ's, times
     s^2 / mean(s^2), so that tiny steps of channels move by tiny amounts. Gradient of o: -s where x is clipped, 0
     elsewhere, divided by mean(s^2), which makes it the gradient of a real offset (as LSQ+ learns it) in codes. Both are
-    scaled by 1 / sqrt(values of one step * hi). docs/adr/0010-elastic-quantizers.md says why.
+    scaled by 1 / sqrt(values of one step in all `parts` of a batch * hi). docs/adr/0010-elastic-quantizers.md says why.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor, lo: int, hi: int) -> Tensor:
+    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(  # noqa: PLR0913, PLR0917
+        ctx: Any, x: Tensor, step: Tensor, offset: Tensor, lo: int, hi: int, parts: int
+    ) -> Tensor:
         zero_point = int(offset.round())
         ctx.bounds = (lo - zero_point, hi - zero_point)
         scaled = x / step
         out = scaled.clamp(*ctx.bounds).round_().mul_(step)
         ctx.save_for_backward(scaled, step, out)
-        ctx.hi = hi
+        ctx.scale = 1.0 / math.sqrt(x.numel() * parts / step.numel() * max(hi, 1))
         return out
 
     @staticmethod
+    @custom_bwd(device_type="cpu")
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,) = grads
         scaled, step, out = ctx.saved_tensors
         inside = (ctx.bounds[0] - BORDER, ctx.bounds[1] + BORDER)
         through = torch.ops.aten.hardtanh_backward(grad, scaled, *inside)
         error = torch.ops.aten.hardtanh_backward(scaled, scaled, *inside).neg_().add_(out / step)
-        scale = 1.0 / math.sqrt(scaled.numel() / step.numel() * max(ctx.hi, 1))
         mean_square = step.square().mean()
-        of_step = (grad * error).sum_to_size(step.shape) * (step.square() / mean_square) * scale
-        of_offset = ((through - grad).sum_to_size(step.shape) * step).sum() / mean_square * scale
-        return through, of_step, of_offset, None, None
+        of_step = (grad * error).sum_to_size(step.shape) * (step.square() / mean_square) * ctx.scale
+        of_offset = ((through - grad).sum_to_size(step.shape) * step).sum() / mean_square * ctx.scale
+        return through, of_step, of_offset, None, None, None
 
 
-def quantize_affine(x: Tensor, step: Tensor, offset: Tensor, lo: int, hi: int) -> Tensor:
+def quantize_affine(x: Tensor, step: Tensor, offset: Tensor, lo: int, hi: int, parts: int = 1) -> Tensor:
     """Typed front of QuantizeAffine; same shape as `x`."""
-    return QuantizeAffine.apply(x, step, offset, lo, hi)
+    return QuantizeAffine.apply(x, step, offset, lo, hi, parts)
 
 
-def quantize_activation(x: Tensor, step: Tensor, zero_point: int, hi: int) -> Tensor:
+def quantize_activation(x: Tensor, step: Tensor, zero_point: int, hi: int, ceiling: float = math.inf) -> Tensor:
     """Typed front of QuantizeActivation; same shape as `x`."""
-    return QuantizeActivation.apply(x, step, zero_point, hi)
+    return QuantizeActivation.apply(x, step, zero_point, hi, ceiling)
 
 
 def quantize_weight(weight: Tensor, step: Tensor, top: int, shift: int, unit: int, offset: int, fine: float) -> Tensor:

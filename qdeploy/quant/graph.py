@@ -1,4 +1,4 @@
-"""Read a plain torch network into steps that a quantized network can mirror: Conv+BN+Relu, Linear, Add, pooling.
+"""Read a plain torch network into steps that a quantized network can mirror: Conv+BN+Relu, Linear, Add, Mul, pools...
 
 The network is traced by torch.fx; nothing is asked of it but ordinary modules or functions. What cannot be mirrored is
 refused by name, all of it at once.
@@ -18,7 +18,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from qdeploy.errors import ModelError
 
 KNOWN_MODULES = (
-    "Conv2d, BatchNorm2d, Linear, ReLU, ReLU6, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d(1), Flatten, Dropout, Identity"
+    "Conv2d, BatchNorm2d, Linear, ReLU, ReLU6, Hardswish, Hardsigmoid, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d(1), "
+    "Flatten, Dropout, Identity"
 )
 
 
@@ -95,10 +96,14 @@ def _max_pool(kernel: Any, stride: Any, padding: Any, dilation: Any = 1, ceil_mo
 
 
 class _Reader:
-    """Walks a traced graph once; `names` maps fx nodes to the tensor that stands for them."""
+    """Walks a traced graph once; `names` maps fx nodes to the tensor that stands for them.
 
-    def __init__(self, traced: fx.GraphModule) -> None:
-        self.traced = traced
+    `scoped`: an operator that is no module is called after the module whose forward has it, `MODULE.add`, so that it
+    has one name in all networks of a search space. Else as torch.fx calls it.
+    """
+
+    def __init__(self, traced: fx.GraphModule, scoped: bool) -> None:
+        self.traced, self.scoped = traced, scoped
         self.modules = dict(traced.named_modules())
         self.steps: dict[str, Step] = {}
         self.names: dict[fx.Node, str] = {}
@@ -128,11 +133,15 @@ class _Reader:
         return self.names[node]
 
     def add(self, node: fx.Node, op: str, inputs: tuple[str, ...], name: str = "", **fields: Any) -> None:
-        name = name or node.name
+        name = name or self.function_name(node, op)
         if name in self.steps:
             raise ModelError("the same module is called twice: give each call its own module")
         self.steps[name] = Step(name, op, inputs, **fields)
         self.names[node] = name
+
+    def function_name(self, node: fx.Node, op: str) -> str:
+        """Name of an operator that is no module."""
+        return ".".join([*list(node.meta.get("nn_module_stack", {}))[-1:], op]) if self.scoped else node.name
 
     def visit(self, node: fx.Node) -> None:
         if node.op == "placeholder":
@@ -162,6 +171,8 @@ class _Reader:
             self.fold_norm(node, source, module)
         elif isinstance(module, nn.ReLU | nn.ReLU6):
             self.fold_relu(node, source, 6.0 if isinstance(module, nn.ReLU6) else None)
+        elif isinstance(module, nn.Hardswish | nn.Hardsigmoid):
+            self.add(node, "hard_swish" if isinstance(module, nn.Hardswish) else "hard_sigmoid", (source,), name)
         elif isinstance(module, nn.MaxPool2d):
             attributes = _max_pool(module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
             self.add(node, "max_pool", (source,), name, attributes=attributes)
@@ -181,6 +192,10 @@ class _Reader:
             if kwargs.pop("alpha", 1) != 1:
                 raise ModelError("add with alpha")
             self.add(node, "add", (self.tensor(args[0]), self.tensor(args[1])))
+        elif target in (operator.mul, operator.imul, torch.mul, "mul", "mul_"):
+            self.add(node, "mul", (self.tensor(args[0]), self.tensor(args[1])))
+        elif target in (F.hardswish, F.hardsigmoid):
+            self.add(node, "hard_swish" if target is F.hardswish else "hard_sigmoid", (self.tensor(args[0]),))
         elif target in (F.relu, torch.relu, "relu", "relu_"):
             self.fold_relu(node, self.tensor(args[0]), None)
         elif target is F.relu6:
@@ -260,7 +275,7 @@ class _Reader:
 
     def fold_relu(self, node: fx.Node, source: str, ceiling: float | None) -> None:
         step = self.alone(node, source)
-        if step is not None and not step.relu and step.op in ("conv", "linear", "add", "requantize"):
+        if step is not None and not step.relu and step.op in ("conv", "linear", "add", "mul", "requantize"):
             self.steps[source] = replace(step, relu=True, ceiling=ceiling)
             self.names[node] = source
         else:
@@ -310,8 +325,10 @@ def fold_norms(graph: Graph) -> Graph:
     return Graph(graph.input, tuple(steps))
 
 
-def read_graph(network: nn.Module, sample: torch.Tensor | None = None) -> Graph:
+def read_graph(network: nn.Module, sample: torch.Tensor | None = None, scoped: bool = False) -> Graph:
     """Steps of a torch network. `sample` [n, C, H, W] is needed when it holds AvgPool2d, which become convolutions.
+
+    `scoped` names operators that are no modules after the module that has them, not by torch.fx's counter.
 
     Raises ModelError with every operator that cannot be quantized.
     """
@@ -323,4 +340,4 @@ def read_graph(network: nn.Module, sample: torch.Tensor | None = None) -> Graph:
         raise
     except Exception as e:  # fx raises many kinds for control flow that depends on data
         raise ModelError(f"torch.fx cannot trace the network ({e}): its forward may not depend on values") from e
-    return _Reader(traced).read()
+    return _Reader(traced, scoped).read()

@@ -12,6 +12,7 @@ from qdeploy.errors import ModelError
 from qdeploy.frozen import Quantizer
 from qdeploy.quant.functions import quantize_activation, quantize_weight
 from qdeploy.quant.grid import container_bits, container_codes, midpoint
+from qdeploy.quant.parallel import gathered
 from qdeploy.space import MAX_BITS
 
 MIN_STEP = 1e-6
@@ -42,16 +43,24 @@ class ActivationQuantizer(nn.Module):
         self.step.data.copy_(start.clamp_min(1e-5))
         self.ready.fill_(True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.ready:
-            self.initialise(x)
-        if self.observed is not None:
-            self.observed.append((float(x.detach().square().mean()), float(x.detach().abs().max())))
-        return self.quantize(x)
+    def forward(self, x: Tensor, ceiling: float = math.inf) -> Tensor:
+        """The dequantized codes of `x`; an unsigned quantizer may be given the input of a Relu (with a `ceiling`)."""
+        if not self.ready or self.observed is not None:
+            seen = x.detach() if self.signed else x.detach().clamp(0.0, ceiling)
+            if not self.ready:
+                self.initialise(gathered(seen.float()))
+            if self.observed is not None:
+                self.observed.append((float(seen.square().mean()), float(seen.abs().max())))
+        return self.quantize(x, ceiling)
 
-    def quantize(self, x: Tensor) -> Tensor:
-        """The dequantized codes of `x`."""
-        return quantize_activation(x, self.step, self.zero_point, self.hi)
+    @property
+    def clips_relu(self) -> bool:
+        """True when codes 0..hi are the clip that a Relu is, so that the Relu need not be computed."""
+        return not self.signed
+
+    def quantize(self, x: Tensor, ceiling: float = math.inf) -> Tensor:
+        """The dequantized codes of `x`, values above `ceiling` taken as `ceiling`."""
+        return quantize_activation(x, self.step, self.zero_point, self.hi, ceiling)
 
     @torch.no_grad()
     def project(self) -> None:

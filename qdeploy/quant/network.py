@@ -139,13 +139,12 @@ class QuantNet(SimulatedNet):
     @torch.no_grad()
     def project(self) -> None:
         """Keep steps and batch-norm factors positive: runtimes refuse negative scales."""
-        for group in (self.weights, self.streams, self.lows):
-            for name, parameter in group.named_parameters():
-                if name.endswith("step"):
-                    parameter.clamp_(min=MIN_STEP)
-        for module in self.norms.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.affine:
-                module.weight.clamp_(min=MIN_NORM_FACTOR)
+        groups = (self.weights, self.streams, self.lows)
+        steps: list[Tensor] = [p for group in groups for name, p in group.named_parameters() if name.endswith("step")]
+        factors: list[Tensor] = [m.weight for m in self.norms.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
+        torch._foreach_clamp_min_(steps, MIN_STEP)
+        if factors:
+            torch._foreach_clamp_min_(factors, MIN_NORM_FACTOR)
 
 
 def levels(net: QuantNet) -> Mapping[int, SubnetSpec]:

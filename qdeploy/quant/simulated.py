@@ -10,11 +10,13 @@ A method says what a layer may choose (`layer_space`) and which weight, batch no
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,12 +27,13 @@ from qdeploy.errors import ModelError
 from qdeploy.frozen import KEEPS_CODES, WeightBits
 from qdeploy.quant.graph import Graph, Step
 from qdeploy.quant.layers import ActivationQuantizer
-from qdeploy.space import LayerSpace, SearchSpace, SubnetSpec
+from qdeploy.space import FLOAT_BITS, LayerSpace, Reference, SearchSpace, SubnetSpec
 
 INPUT_SCALE = 1.0 / 255.0  # images are float32 in [0, 1], so input codes are the pixels themselves
 MIN_NORM_FACTOR = 1e-3
 STREAM = ("add", "global_average_pool")  # the residual stream and pooled outputs have 8 bits at every level
-PASSES_SIGN = ("max_pool", "global_average_pool", "flatten", "requantize")
+PASSES_SIGN = ("max_pool", "global_average_pool", "flatten", "requantize", "mul")
+UNSIGNED = ("hard_sigmoid",)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,17 @@ class LayerCodes:
     bits: WeightBits
 
 
+def _of_pooled(graph: Graph) -> set[str]:
+    """Layers that read one value a channel: they cost nothing, and their few numbers weigh whole channels."""
+    pooled, found = set(), set()
+    for step in graph.steps:
+        if step.op == "global_average_pool" or step.inputs and all(name in pooled for name in step.inputs):
+            pooled.add(step.name)
+            if step.op in ("conv", "linear"):
+                found.add(step.name)
+    return found
+
+
 def safe(name: str) -> str:
     """torch forbids dots in module names."""
     return name.replace(".", "/")
@@ -71,7 +85,8 @@ class SimulatedNet(nn.Module, ABC):
 
     `graph` is `read_graph(network)`; `activation_choices` are the widths of the tensors that layers other than the
     first and the last read ((8,): nothing varies); `signed_input` says that inputs may be negative. `fixed` names the
-    first and the last layer, which have 8 bits (or float) in every spec.
+    layers that have 8 bits in every spec: the first and the last (or float), those that read pooled tensors, as in
+    squeeze-excite, and what a method adds.
     """
 
     def __init__(
@@ -81,6 +96,7 @@ class SimulatedNet(nn.Module, ABC):
         name: str,
         activation_choices: tuple[int, ...],
         signed_input: bool = False,
+        fixed: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.network, self.graph, self.name, self.activation_choices = network, graph, name, activation_choices
@@ -88,7 +104,7 @@ class SimulatedNet(nn.Module, ABC):
         layers = graph.layers
         if len(layers) < 2:  # noqa: PLR2004
             raise ModelError("a network needs at least two conv or linear layers to be quantized")
-        self.fixed = {layers[0].name, layers[-1].name}
+        self.fixed = {layers[0].name, layers[-1].name, *_of_pooled(graph), *fixed}
         self.placements = {p.tensor: p for p in self._place(signed_input)}
 
     # ---- what a method says ------------------------------------------------------------------------------------
@@ -140,7 +156,7 @@ class SimulatedNet(nn.Module, ABC):
 
     def is_float(self, step: Step) -> bool:
         """True for a layer left in float."""
-        return self.float_ends and step.name in self.fixed
+        return self.float_ends and step.name in (self.graph.layers[0].name, self.graph.layers[-1].name)
 
     def reads_low(self, step: Step) -> bool:
         """True for a layer whose input's width varies."""
@@ -155,7 +171,8 @@ class SimulatedNet(nn.Module, ABC):
         found: dict[str, Placement] = {}
         signed = {self.graph.input: signed_input}
         for step in self.graph.steps:
-            signed[step.name] = signed[step.inputs[0]] if step.op in PASSES_SIGN and not step.relu else not step.relu
+            inherited = any(signed[name] for name in step.inputs) if step.op in PASSES_SIGN else step.op not in UNSIGNED
+            signed[step.name] = inherited and not step.relu
         for tensor in (self.graph.input, *(step.name for step in self.graph.steps)):
             readers = self.graph.consumers(tensor)
             low = any(self.reads_low(step) for step in readers)
@@ -177,16 +194,24 @@ class SimulatedNet(nn.Module, ABC):
         """What may vary. Layers that read one tensor share their activation width."""
         layers: list[LayerSpace] = []
         for step in self.graph.layers:
-            if step.name in self.fixed:
-                layers.append(LayerSpace(step.name, (8,), (8,)))
-                continue
-            own = self.layer_space(step)
+            own = LayerSpace(step.name, (8,), (8,)) if step.name in self.fixed else self.layer_space(step)
             leader = self.low_readers(step.inputs[0])[0].name if self.reads_low(step) else step.name
             shares = leader if leader != step.name else None
-            layers.append(
-                LayerSpace(own.layer, own.weight_bits, own.activation_bits, own.granularity, own.symmetry, shares)
-            )
-        return SearchSpace(self.name, tuple(layers))
+            layers.append(replace(own, shares=shares, block=self.block_of(step)))
+        return SearchSpace(self.name, tuple(layers), **self.shape_choices)
+
+    @property
+    def shape_choices(self) -> dict[str, Any]:
+        """Depths, kernels and expansions of an elastic network, as `SearchSpace` takes them."""
+        return {}
+
+    def block_of(self, step: Step) -> Reference | None:
+        """The elastic block that a layer belongs to."""
+        return None
+
+    def subnet(self, spec: SubnetSpec) -> SimulatedNet:
+        """A network of its own for `spec`, which may be changed."""
+        return copy.deepcopy(self)
 
     def check_spec(self, spec: SubnetSpec) -> None:
         """Raise RecipeError unless this network can take `spec`; names the layer and its choices."""
@@ -214,6 +239,12 @@ class SimulatedNet(nn.Module, ABC):
             x = F.linear(x, self.weight(step, spec), cast(nn.Linear, step.module).bias)
         elif step.op == "add":
             x = inputs[0] + inputs[1]
+        elif step.op == "mul":
+            x = inputs[0] * inputs[1]
+        elif step.op == "hard_swish":
+            x = F.hardswish(x)
+        elif step.op == "hard_sigmoid":
+            x = F.hardsigmoid(x)
         elif step.op == "max_pool":
             a = step.attributes
             x = F.max_pool2d(x, tuple(a["kernel"]), tuple(a["stride"]), tuple(a["padding"][:2]))
@@ -226,6 +257,13 @@ class SimulatedNet(nn.Module, ABC):
             x = F.relu(x) if step.ceiling is None else F.hardtanh(x, 0.0, step.ceiling)
         return x
 
+    def _clips_relu(self, tensor: str, spec: SubnetSpec) -> bool:
+        """True when the first quantizer of `tensor` makes the Relu in front of it superfluous."""
+        if self.placements[tensor].stream:
+            quantizer = self.stream_quantizer(tensor, spec)
+            return quantizer is not None and quantizer.clips_relu
+        return self.low_width(tensor, spec) != FLOAT_BITS and self.low_quantizer(tensor, spec).clips_relu
+
     def forward(self, x: Tensor, spec: SubnetSpec, trace: dict[str, Tensor] | None = None) -> Tensor:
         """Logits [n, classes] of images [n, C, H, W] in [0, 1] under `spec`.
 
@@ -235,22 +273,25 @@ class SimulatedNet(nn.Module, ABC):
         lows: dict[str, Tensor] = {}
         trace = {} if trace is None else trace
 
-        def record(tensor: str, value: Tensor) -> None:
+        def record(tensor: str, value: Tensor, ceiling: float = math.inf) -> None:
             place = self.placements[tensor]
             if place.stream:
                 quantizer = self.stream_quantizer(tensor, spec)
-                streams[tensor] = trace[tensor] = quantizer(value) if quantizer is not None else value
-                value = streams[tensor]
+                streams[tensor] = trace[tensor] = quantizer(value, ceiling) if quantizer is not None else value
+                value, ceiling = streams[tensor], math.inf
             if place.low:
-                lows[tensor] = trace[place.low_name] = self.low_quantizer(tensor, spec)(value)
+                real = self.low_width(tensor, spec) == FLOAT_BITS
+                low = value if real else self.low_quantizer(tensor, spec)(value, ceiling)
+                lows[tensor] = trace[place.low_name] = low
 
         trace[self.graph.input] = x
         if self.placements[self.graph.input].low:
             record(self.graph.input, x)
         for step in self.graph.steps:
             source = lows if self.reads_low(step) else streams
-            result = self.compute(step, [source[name] for name in step.inputs], spec)
+            clips = step.relu and self._clips_relu(step.name, spec)
+            result = self.compute(step, [source[name] for name in step.inputs], spec, relu=not clips)
             if step.name == self.graph.output and self.float_ends:
                 return result
-            record(step.name, result)
+            record(step.name, result, step.ceiling if clips and step.ceiling is not None else math.inf)
         return streams[self.graph.output]

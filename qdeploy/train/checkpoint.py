@@ -58,7 +58,8 @@ def restore_momentum(optimizer: SGD, tensors: dict[str, Tensor]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, parameter in enumerate(parameters):
         if f"momentum/{i}" in tensors:
-            optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum/{i}"].clone()
+            buffer = torch.empty_like(parameter, requires_grad=False)  # the fused optimizer needs one layout in memory
+            optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(tensors[f"momentum/{i}"])
 
 
 def load_module(module: nn.Module, tensors: dict[str, Tensor], prefix: str, what: str) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from qdeploy.quant.eqnet import EQNet
+from qdeploy.quant.parallel import average_gradients
 from qdeploy.recipe import EQNetQuantization, Schedule
 from qdeploy.space import SubnetSpec
 from qdeploy.train.groups import decay_groups
@@ -55,7 +56,7 @@ class GroupProgressive:
         ]
 
     def subnets(self, step: int) -> dict[str, SubnetSpec]:
-        """The specs H, R and L of a training step."""
+        """The specs H, R and L of a training step; H alone where there is nothing to choose, which is LSQ."""
         random = Random(f"{self.seed}:eqnet:{step}")
         choice = self.choice
 
@@ -63,6 +64,8 @@ class GroupProgressive:
             options = random.choice(choice.granularity), random.choice(choice.symmetry)
             return self.net.uniform_pair(choice.weight_bits[end], choice.activation_bits[end], *options)
 
+        if self.net.space.size == 1:
+            return {"H": uniform(-1)}
         return {"H": uniform(-1), "R": self.net.space.sample(random), "L": uniform(0)}
 
     def regularization(self) -> Tensor:
@@ -73,7 +76,8 @@ class GroupProgressive:
         return self.choice.kurtosis_weight * kurtosis + self.choice.skewness_weight * skewness
 
     def backward(self, images: Tensor, labels: Tensor, step: int) -> dict[str, float]:
-        self.net.train()
+        if not self.net.training:
+            self.net.train()
         part = self.choice.guidance
         losses: dict[str, float] = {}
         teacher: Tensor | None = None
@@ -87,6 +91,7 @@ class GroupProgressive:
             losses[name] = float(loss.detach())
         shape = self.regularization()
         shape.backward()
+        average_gradients(self.net.parameters())
         nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRADIENT_NORM)
         return losses | {"weights": float(shape.detach())}
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from qdeploy.quant.network import MIN_NORM_FACTOR
+from qdeploy.quant.parallel import average_gradients
 from qdeploy.recipe import Schedule
 from qdeploy.train.groups import decay_groups
 
@@ -26,8 +27,9 @@ class FullPrecision:
 
     def backward(self, images: Tensor, labels: Tensor, step: int) -> dict[str, float]:
         self.module.train()
-        loss = F.cross_entropy(self.module(images), labels)
+        loss = F.cross_entropy(self.module(images).float(), labels)
         loss.backward()
+        average_gradients(self.module.parameters())
         return {"fp": float(loss.detach())}
 
     @torch.no_grad()

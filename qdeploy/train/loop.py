@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -14,10 +13,12 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from qdeploy.data import Dataset
-from qdeploy.errors import DeviceError, ModelError
+from qdeploy.errors import ModelError
+from qdeploy.quant.parallel import average_losses, part, rank, synchronized_norms
 from qdeploy.recipe import Recipe, Schedule
 from qdeploy.train.checkpoint import load_checkpoint, load_module, momentum_tensors, restore_momentum, save_checkpoint
 from qdeploy.train.images import batches
+from qdeploy.train.metrics import log_metrics
 
 CHECKPOINT_SECONDS = 20.0
 Echo = Callable[[str], None]
@@ -40,7 +41,7 @@ class Phase(Protocol):
         """Add this batch's gradients to the parameters; returns losses by name.
 
         `step` counts the phase's steps from 0. Whatever is random is a function of it, so that a resumed run is the
-        same run.
+        same run. Where several processes train, the gradients that it leaves are means over them.
         """
 
     def after_step(self) -> None:
@@ -50,9 +51,13 @@ class Phase(Protocol):
 class Progress:
     """Prints one line every few seconds: phase, epoch, loss, images a second, time left."""
 
-    def __init__(self, echo: Echo, phase: str, total: int, done: int) -> None:
-        self.echo, self.phase, self.total = echo, phase, total
+    def __init__(self, echo: Echo, phase: str, batch: int, total: int, done: int) -> None:
+        self.echo, self.phase, self.batch, self.total = echo, phase, batch, total
         self.start, self.first, self.last = time.monotonic(), done, 0.0
+
+    def rate(self, done: int) -> float:
+        """Images a second since the phase began or was resumed."""
+        return (done - self.first) * self.batch / max(1e-9, time.monotonic() - self.start)
 
     def report(self, done: int, per_epoch: int, losses: dict[str, float], every: float = 10.0) -> None:
         """`done` steps of the phase are finished."""
@@ -60,18 +65,23 @@ class Progress:
         if now - self.last < every and done < self.total:
             return
         self.last = now
-        left = (now - self.start) / max(1, done - self.first) * (self.total - done)
+        rate = self.rate(done)
+        left = (self.total - done) * self.batch / rate if rate else 0.0
         text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         epochs = self.total // per_epoch
         where = f"epoch {min(done // per_epoch + 1, epochs)}/{epochs}, step {done}/{self.total}"
-        self.echo(f"{self.phase}: {where}, loss {text}, {left:.0f} s left")
+        self.echo(f"{self.phase}: {where}, loss {text}, {rate:.0f} images/s, {left:.0f} s left")
 
 
 def make_optimizer(phase: Phase) -> SGD:
-    """SGD with momentum 0.9 over the phase's groups."""
+    """SGD with momentum 0.9 over the phase's groups; fused, since a quantized network has hundreds of small tensors."""
     rate = phase.schedule.learning_rate
     groups = [group | {"lr": rate * group["rate"]} for group in phase.groups()]
-    return SGD(groups, lr=rate, momentum=0.9, nesterov=phase.schedule.nesterov)
+    optimizer = SGD(groups, lr=rate, momentum=0.9, nesterov=phase.schedule.nesterov, fused=True)
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        # fused steps need all buffers or none, and what a subnet does not use gets its first gradient later
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+    return optimizer
 
 
 def cosine(step: int, total: int) -> float:
@@ -84,6 +94,7 @@ def run_phase(phase: Phase, recipe: Recipe, data: Dataset, run: Path, echo: Echo
 
     `data` holds at least one batch. A checkpoint is written every CHECKPOINT_SECONDS, at the end and on Ctrl-C, which
     is raised again.
+    Several processes (torchrun) take a part of each batch; process 0 writes, the others read its checkpoints.
     Raises ModelError when a loss stops being finite, DeviceError when the disk is full.
     """
     schedule = phase.schedule
@@ -93,20 +104,23 @@ def run_phase(phase: Phase, recipe: Recipe, data: Dataset, run: Path, echo: Echo
     optimizer = make_optimizer(phase)
     path = run / f"{phase.name}.checkpoint"
     done = resume(path, phase, recipe, optimizer, total) if path.exists() else 0
-    progress = Progress(echo, phase.name, total, done)
+    progress = Progress(echo, phase.name, schedule.batch, total, done)
     saved = time.monotonic()
     try:
-        while done < total:
-            epoch, first = divmod(done, per_epoch)
-            flip = recipe.data.augment == "flip-shift"
-            for images, labels in batches(data, schedule.batch, recipe.seed, epoch, first, flip):
-                losses = train_step(phase, optimizer, images, labels, (done, total))
-                done += 1
-                progress.report(done, per_epoch, losses)
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    store(path, phase, recipe, optimizer, (done, total), data)
-                    saved = time.monotonic()
-            log_metrics(run, {"phase": phase.name, "epoch": epoch + 1, "loss": losses})
+        with synchronized_norms(phase.module):
+            while done < total:
+                epoch, first = divmod(done, per_epoch)
+                flip = recipe.data.augment == "flip-shift"
+                for images, labels in batches(data, schedule.batch, recipe.seed, epoch, first, flip):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+                        losses = train_step(phase, optimizer, part(images), part(labels), (done, total))
+                    done += 1
+                    progress.report(done, per_epoch, losses)
+                    if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                        store(path, phase, recipe, optimizer, (done, total), data)
+                        saved = time.monotonic()
+                if rank() == 0:
+                    log_metrics(run, phase.name, epoch + 1, losses, progress.rate(done))
     except KeyboardInterrupt:
         store(path, phase, recipe, optimizer, (done, total), data)
         echo(f"stopped in {phase.name} at step {done}/{total}: the same command resumes there")
@@ -122,7 +136,7 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = phase.schedule.learning_rate * group["rate"] * decay
     optimizer.zero_grad(set_to_none=True)
-    losses = phase.backward(images.contiguous(memory_format=torch.channels_last), labels, steps[0])
+    losses = average_losses(phase.backward(images.contiguous(memory_format=torch.channels_last), labels, steps[0]))
     if not all(math.isfinite(value) for value in losses.values()):
         raise ModelError(f"the loss of {phase.name} is no longer finite ({losses}): lower the learning rate")
     optimizer.step()
@@ -131,7 +145,9 @@ def train_step(
 
 
 def store(path: Path, phase: Phase, recipe: Recipe, optimizer: SGD, steps: tuple[int, int], data: Dataset) -> None:
-    """Write the phase's checkpoint: `steps` done and in all, and what images the network takes."""
+    """Write the phase's checkpoint (process 0): `steps` done and in all, and what images the network takes."""
+    if rank() != 0:
+        return
     done, total = steps
     tensors = {f"model/{key}": value for key, value in phase.module.state_dict().items()}
     if done < total:
@@ -151,12 +167,3 @@ def resume(path: Path, phase: Phase, recipe: Recipe, optimizer: SGD, total: int)
     load_module(phase.module, tensors, "model/", str(path))
     restore_momentum(optimizer, tensors)
     return int(state["done"])
-
-
-def log_metrics(run: Path, row: dict[str, Any]) -> None:
-    """Append one line to RUN/metrics.jsonl."""
-    try:
-        with (run / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row, sort_keys=True) + "\n")
-    except OSError as e:
-        raise DeviceError(f"cannot write {run / 'metrics.jsonl'}: {e.strerror or e}") from e

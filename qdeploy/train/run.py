@@ -1,13 +1,13 @@
 """`qdeploy train`: a recipe becomes a RUN folder.
 
-RUN/recipe.json, float.checkpoint, quantized.checkpoint, metrics.jsonl, report.json (accuracy of every width on the test
-images). Each phase resumes from its checkpoint; a finished phase is not run again.
+RUN/recipe.json, float.checkpoint, [mixed.checkpoint,] quantized.checkpoint, metrics.jsonl, report.json (accuracy of
+every width on the test images). Each phase resumes from its checkpoint; a finished phase is not run again.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,27 @@ from torch import Tensor, nn
 from qdeploy.data import Dataset, load
 from qdeploy.errors import ModelError, RecipeError
 from qdeploy.files import canonical_json, parse_json, read_bytes, write_atomic
-from qdeploy.nets import build
+from qdeploy.nets import SPACES, build, build_supernet
+from qdeploy.nets.elastic import Supernet
 from qdeploy.quant.calibrate import CALIBRATION_BATCH, calibrated
 from qdeploy.quant.eqnet import EQNet
 from qdeploy.quant.graph import read_graph
 from qdeploy.quant.network import QuantNet
+from qdeploy.quant.parallel import barrier, processes
+from qdeploy.quant.parallel import joined as joined
+from qdeploy.quant.parallel import rank as rank
 from qdeploy.quant.simulated import SimulatedNet
-from qdeploy.recipe import EQNetQuantization, Recipe, from_dict
+from qdeploy.quant.supernet import BatchQuantNet
+from qdeploy.recipe import BatchQuantization, EQNetQuantization, Recipe, from_dict
 from qdeploy.space import SubnetSpec
+from qdeploy.train.batchquant import ElasticFullPrecision, full_precision_teacher
+from qdeploy.train.batchquant import phases as batchquant_phases
 from qdeploy.train.checkpoint import load_checkpoint, load_module
 from qdeploy.train.eqnet import GroupProgressive
 from qdeploy.train.full_precision import FullPrecision
 from qdeploy.train.images import as_input, generator
 from qdeploy.train.loop import Echo, Phase, run_phase
+from qdeploy.train.memory import keep_freed_memory
 from qdeploy.train.vertical import Vertical
 
 
@@ -69,27 +77,44 @@ def held_out_set(recipe: Recipe, data_dir: Path | None) -> Dataset:
 
 
 def new_network(recipe: Recipe, channels: int, classes: int) -> nn.Module:
-    """The recipe's float backbone with its seed's initial weights."""
-    choice = recipe.network
+    """The recipe's float backbone, or supernet, with its seed's initial weights."""
+    choice, quantization = recipe.network, recipe.quantization
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
+        if isinstance(quantization, BatchQuantization) and choice.name in SPACES:
+            transforms = quantization.kernels == "transform"
+            return build_supernet(choice.name, channels, classes, choice.width, choice.stem_stride, transforms)
         return build(choice.name, channels, classes, choice.width, choice.stem_stride)
 
 
 def new_quantized(recipe: Recipe, network: nn.Module, image_shape: tuple[int, ...]) -> SimulatedNet:
     """The quantized network of the recipe's method over a float backbone."""
-    graph, choice = read_graph(network, torch.zeros(1, *image_shape)), recipe.quantization
+    choice, elastic = recipe.quantization, isinstance(network, Supernet)
+    largest = network.network if isinstance(network, Supernet) else network
+    graph = read_graph(largest, torch.zeros(1, *image_shape), scoped=elastic)
+    if isinstance(choice, BatchQuantization):
+        return BatchQuantNet(network, graph, recipe.network.name, choice)
     if isinstance(choice, EQNetQuantization):
         return EQNet(network, graph, recipe.network.name, choice)
     return QuantNet(network, graph, recipe.network.name, choice)
 
 
-def quantized_phase(recipe: Recipe, net: SimulatedNet) -> Phase:
-    """The recipe's training of a quantized network."""
+def float_phase(recipe: Recipe, network: nn.Module) -> Phase:
+    """The recipe's training of the float backbone or supernet."""
+    if isinstance(network, Supernet):
+        assert isinstance(recipe.quantization, BatchQuantization)
+        return ElasticFullPrecision(network, recipe.float_phase, recipe.quantization, recipe.seed)
+    return FullPrecision(network, recipe.float_phase)
+
+
+def quantized_phases(recipe: Recipe, net: SimulatedNet, teacher: nn.Module) -> Sequence[Phase]:
+    """The recipe's training of a quantized network; `teacher` is the float one."""
+    if isinstance(net, BatchQuantNet):
+        return batchquant_phases(net, recipe.quantized_phase, teacher, recipe.seed)
     if isinstance(net, EQNet):
-        return GroupProgressive(net, recipe.quantized_phase, net.choice, recipe.seed)
+        return [GroupProgressive(net, recipe.quantized_phase, net.choice, recipe.seed)]
     assert isinstance(net, QuantNet)
-    return Vertical(net, recipe.quantized_phase, net.choice)
+    return [Vertical(net, recipe.quantized_phase, net.choice)]
 
 
 @torch.no_grad()
@@ -111,16 +136,41 @@ def accuracy(net: SimulatedNet, spec: SubnetSpec, data: Dataset) -> float:
 def uniform_accuracy(net: SimulatedNet, width: int, data: Dataset, test: Dataset) -> float:
     """Accuracy of one uniform width on `test`; statistics that specs share are first estimated for it on `data`."""
     spec = net.uniform(width)
-    return accuracy(calibrated(net, spec, data.images) if isinstance(net, EQNet) else net, spec, test)
+    return accuracy(net if net.learned_in else calibrated(net, spec, data.images), spec, test)
+
+
+def check_parallel(recipe: Recipe) -> None:
+    """Raise RecipeError where several processes cannot train as one would."""
+    count, choice = processes(), recipe.quantization
+    if count > 1 and isinstance(choice, BatchQuantization):
+        raise RecipeError("BatchQuant takes the extreme values of a whole batch: train it in one process")
+    for schedule in (recipe.float_phase, recipe.quantized_phase):
+        if schedule.batch % count:
+            raise RecipeError(f"a batch of {schedule.batch} cannot be divided among {count} processes: change either")
+
+
+def check_precision(recipe: Recipe, network: nn.Module) -> None:
+    """Raise RecipeError where bfloat16 would only make training slower."""
+    depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in network.modules())
+    if recipe.precision == "bfloat16" and depthwise:
+        raise RecipeError(
+            f'precision "bfloat16" makes depthwise networks such as {recipe.network.name} slower: leave precision out'
+        )
+
+
+def _silent(text: str) -> None:
+    """What processes other than the first print."""
 
 
 def write_recipe(run: Path, recipe: Recipe) -> None:
     """Keep the recipe in the run; another recipe's run is refused."""
     path = run / "recipe.json"
     content = canonical_json(recipe.to_json())
+    barrier()  # all have looked before process 0 writes
     if path.exists() and read_bytes(path, "the run's recipe", ModelError) != content:
         raise ModelError(f"{run} holds a run of another recipe: choose another output folder")
-    write_atomic(path, content)
+    if rank() == 0:
+        write_atomic(path, content)
 
 
 def train(
@@ -131,29 +181,38 @@ def train(
     `float_from` is the `float.checkpoint` of another run with the same network, data and seed: the float phase is then
     taken from there (for tables that compare methods from one starting point).
     """
+    keep_freed_memory()
     run = Path(run)
+    if rank() != 0:
+        echo = _silent
     data, test = training_set(recipe, data_dir), load(recipe.data.name, "test", data_dir)
     network = new_network(recipe, test.images.shape[1], test.classes)
     net = new_quantized(recipe, network, test.images.shape[1:])  # what cannot be quantized is refused before training
-    for schedule in (recipe.float_phase, recipe.quantized_phase):
+    mixed = recipe.quantization.mixed_phase if isinstance(recipe.quantization, BatchQuantization) else None
+    for schedule in (s for s in (recipe.float_phase, mixed, recipe.quantized_phase) if s is not None):
         if len(data.labels) < schedule.batch:
             raise ModelError(f"{len(data.labels)} images make no batch of {schedule.batch}: lower the recipe's batch")
-    if isinstance(net, EQNet) and len(data.labels) < CALIBRATION_BATCH:
+    if not net.learned_in and len(data.labels) < CALIBRATION_BATCH:
         raise ModelError(f"{len(data.labels)} images are too few for statistics: give {CALIBRATION_BATCH} or more")
+    check_parallel(recipe)
+    check_precision(recipe, network)
     write_recipe(run, recipe)
     if float_from is None:
-        run_phase(FullPrecision(network, recipe.float_phase), recipe, data, run, echo)
+        run_phase(float_phase(recipe, network), recipe, data, run, echo)
     else:
         _, tensors = load_checkpoint(float_from)
         load_module(network, tensors, "model/", str(float_from))
-    report: dict[str, Any] = {"float": top1(network.eval(), test)}
+    teacher = full_precision_teacher(network, data.images)
+    report: dict[str, Any] = {"float": top1(teacher, test)}
     echo(f"float: {report['float']:.2f}% on {len(test.labels)} test images")
     net = new_quantized(recipe, network, test.images.shape[1:])
-    run_phase(quantized_phase(recipe, net), recipe, data, run, echo)
+    for phase in quantized_phases(recipe, net, teacher):
+        run_phase(phase, recipe, data, run, echo)
     report["levels"] = {str(width): uniform_accuracy(net, width, data, test) for width in net.widths}
     for width, value in report["levels"].items():
         echo(f"{width} bits: {value:.2f}% on {len(test.labels)} test images (simulation)")
-    write_atomic(run / "report.json", canonical_json(report))
+    if rank() == 0:
+        write_atomic(run / "report.json", canonical_json(report))
     return report
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from qdeploy.quant.network import QuantNet, levels
+from qdeploy.quant.parallel import average_gradients
 from qdeploy.recipe import Quantization, Schedule
 from qdeploy.train.groups import decay_groups
 
@@ -54,6 +55,7 @@ class Vertical:
     def __init__(self, net: QuantNet, schedule: Schedule, choice: Quantization) -> None:
         self.module, self.schedule, self.choice = net, schedule, choice
         self.net = net
+        self.shared = {id(p) for p in net.shared_parameters()}
         self.levels = dict(sorted(levels(net).items(), reverse=True))  # highest first: it teaches the next
 
     def groups(self) -> list[dict[str, Any]]:
@@ -64,7 +66,8 @@ class Vertical:
         return groups
 
     def backward(self, images: Tensor, labels: Tensor, step: int) -> dict[str, float]:
-        self.net.train()
+        if not self.net.training:
+            self.net.train()
         losses: dict[str, float] = {}
         shared = self.net.shared_parameters()
         gradients: list[list[Tensor | None]] = []
@@ -76,11 +79,13 @@ class Vertical:
                 loss = loss + distillation(output, teacher)
             (loss / len(self.levels)).backward()
             if self.choice.scalarization == "mgd":
+                average_gradients(shared)
                 gradients.append([p.grad for p in shared])
                 for parameter in shared:
                     parameter.grad = None
             teacher = output.detach()
             losses[f"w{width}"] = float(loss.detach())
+        average_gradients(p for p in self.net.parameters() if not gradients or id(p) not in self.shared)
         if gradients:
             combine(shared, gradients)
         return losses

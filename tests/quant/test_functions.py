@@ -1,7 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 
+from qdeploy.quant import functions
 from qdeploy.quant.functions import quantize_activation, quantize_weight
 from qdeploy.quant.grid import container_bits, container_codes, midpoint
 from qdeploy.quant.layers import ActivationQuantizer, WeightQuantizer
@@ -93,3 +97,49 @@ def test_values_on_the_border_of_the_range_keep_their_gradient() -> None:
     x = torch.tensor([0.0, 1.5, 1.6], requires_grad=True)
     quantize_activation(x, torch.tensor(0.5), 0, 3).sum().backward()
     assert x.grad is not None and x.grad.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("ceiling", [math.inf, 6.0])
+@pytest.mark.parametrize("step", [0.02, 0.1, 0.5])
+def test_unsigned_codes_are_those_of_a_relu_with_its_gradients(step: float, ceiling: float) -> None:
+    """Steps whose range ends below and above the ceiling; in float64's sums the step's gradient is LSQ's."""
+    torch.manual_seed(0)
+    values, grad = 4 * torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    found = []
+    for through_relu in (True, False):
+        x, s = values.clone().requires_grad_(), torch.tensor(step, requires_grad=True)
+        seen = F.hardtanh(x, 0.0, ceiling) if through_relu else x
+        out = quantize_activation(seen, s, 0, 255, math.inf if through_relu else ceiling)
+        out.backward(grad)
+        assert x.grad is not None and s.grad is not None
+        found.append((out.detach(), x.grad, s.grad))
+    for (a, b), tolerance in zip(zip(*found, strict=True), (1e-6, 1e-6, 1e-4), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-6)
+    clipped = values.double().clamp(0, ceiling)
+    inside = clipped <= 255 * step
+    error = torch.where(inside, found[0][0] - clipped, found[0][0].double()) / step
+    assert float(found[1][2]) == pytest.approx(float((grad * error).sum()) / math.sqrt(values.numel() * 255), rel=1e-3)
+
+
+def test_a_step_learns_as_fast_in_parts_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, grad = torch.rand(6, 2, 3, 3), torch.randn(6, 2, 3, 3)
+
+    def of_step(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        step = torch.tensor(0.1, requires_grad=True)
+        quantize_activation(x, step, 0, 7).backward(g)
+        assert step.grad is not None
+        return step.grad
+
+    whole = of_step(values, grad)
+    monkeypatch.setattr(functions, "processes", lambda: 2)
+    parts = [of_step(x, 2 * g) for x, g in zip(values.chunk(2), grad.chunk(2), strict=True)]  # losses are means
+    torch.testing.assert_close(sum(parts) / 2, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_quantizers_compute_in_float32_under_autocast() -> None:
+    x, step = torch.rand(4, 3, 8, 8), torch.tensor(0.01, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = quantize_activation(x.bfloat16(), step, 0, 255)
+        out.sum().backward()
+    assert out.dtype == torch.float32
+    assert torch.equal(out, quantize_activation(x.bfloat16().float(), step, 0, 255))

@@ -102,3 +102,21 @@ class Shared(nn.Module):
 def test_refuses_a_module_that_is_called_twice() -> None:
     with pytest.raises(ModelError, match="twice"):
         read_graph(Shared())
+
+
+class Gate(nn.Module):
+    """x * hard_sigmoid(hard_swish(x)) as functions, and a sum."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * F.hardsigmoid(F.hardswish(x)) + x
+
+
+def test_gates_are_read_and_scoped_names_come_from_their_modules() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Hardswish(), Gate(), Gate(), nn.Hardsigmoid())
+    plain, scoped = read_graph(network), read_graph(network, scoped=True)
+    ops = ["conv", "hard_swish", *["hard_swish", "hard_sigmoid", "mul", "add"] * 2, "hard_sigmoid"]
+    assert [step.op for step in plain.steps] == [step.op for step in scoped.steps] == ops
+    names = [step.name for step in scoped.steps]
+    assert names[2:6] == ["2.hard_swish", "2.hard_sigmoid", "2.mul", "2.add"] and names[6] == "3.hard_swish"
+    assert names[-1] == "4" and scoped.steps[4].inputs == ("1", "2.hard_sigmoid")
+    assert [step.name for step in plain.steps][4:6] == ["mul", "add"]

@@ -22,6 +22,22 @@ def tiny_recipe(images: int = 512, epochs: int = 2, **quantization: Any) -> Reci
     )
 
 
+def supernet_recipe(images: int = 256, stages: int = 2, **quantization: Any) -> Recipe:
+    """BatchQuant on the shipped sample, in one stage or two: two steps in each phase."""
+    phase = {"epochs": 1, "weight_decay": 1e-4, "batch": 128}
+    mixed: dict[str, Any] = {"mixed_phase": phase | {"learning_rate": 0.02}} if stages == 2 else {}  # noqa: PLR2004
+    return from_dict(
+        {
+            "name": "supernet",
+            "network": {"name": "mobilenetv3-tiny", "width": 8, "stem_stride": 2},
+            "data": {"name": "fashion-mnist", "split": "sample", "train_images": images},
+            "quantization": {"method": "batchquant", "random_subnets": 1} | mixed | quantization,
+            "float_phase": phase | {"learning_rate": 0.05},
+            "quantized_phase": phase | {"learning_rate": 0.02},
+        }
+    )
+
+
 def elastic_recipe(images: int = 512, epochs: int = 1, network: str = "resnet8", **quantization: Any) -> Recipe:
     """EQ-Net on the shipped sample, 500 images of which are held out."""
     phase = {"epochs": epochs, "weight_decay": 1e-4, "batch": 64}

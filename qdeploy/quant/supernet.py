@@ -1,0 +1,235 @@
+"""BatchQuantNet: any architecture of an elastic network, every layer at any width, from one set of weights (QFA).
+
+Weights are quantized with one step a width (LSQ), or as prefixes of one top code (`weights = "vertical"`, vertical
+layering inside the supernet). A step belongs to a whole tensor, so quantizing commutes with slicing: a subnet's codes
+are a slice of the largest network's. Batch norm is shared by all subnets and estimated anew for each that is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Collection
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qdeploy.errors import ModelError
+from qdeploy.frozen import WeightBits
+from qdeploy.nets.elastic import Blocks, Supernet, architecture
+from qdeploy.quant.batchquant import BatchQuantizer
+from qdeploy.quant.eqnet import ElasticWeightQuantizer
+from qdeploy.quant.graph import Graph, Step, read_graph
+from qdeploy.quant.grid import container_bits
+from qdeploy.quant.layers import MIN_STEP, WeightQuantizer
+from qdeploy.quant.simulated import MIN_NORM_FACTOR, LayerCodes, SimulatedNet, safe
+from qdeploy.recipe import BatchQuantization
+from qdeploy.space import FLOAT_BITS, MAX_BITS, LayerBits, LayerSpace, Reference, SubnetSpec
+
+BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.")
+KEPT_TEMPLATES = 64
+
+
+class BatchQuantNet(SimulatedNet):
+    """`network` is a plain float network, or a Supernet, whose largest network `graph` then describes.
+
+    Of an elastic network only the blocks are searched; the layers around them have 8 bits. `shared` are the quantizers
+    of a larger network, which this one, a subnet of it, uses; left out, it has its own.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        graph: Graph,
+        name: str,
+        choice: BatchQuantization,
+        fixed: Collection[str] = (),
+        shared: BatchQuantNet | None = None,
+    ) -> None:
+        elastic = isinstance(network, Supernet)
+        outside = [step.name for step in graph.layers if elastic and not BLOCK.match(step.name)]
+        super().__init__(network, graph, name, choice.activation_bits, fixed=(*fixed, *outside))
+        self.choice = choice
+        self.weights, self.streams, self.lows = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self._templates: dict[Blocks, BatchQuantNet] = {}
+        for step in graph.layers:
+            key = safe(step.name)
+            self.weights[key] = self._weight_quantizer(step) if shared is None else shared.weights[key]
+        for tensor, place in self.placements.items():
+            key = safe(tensor)
+            if self.has_stream_quantizer(tensor):
+                own = shared.streams[key] if shared is not None else None
+                self.streams[key] = own or BatchQuantizer(MAX_BITS, place.signed, choice.estimator)
+            if place.low:
+                self.lows[key] = self._low_quantizers(place.signed) if shared is None else shared.lows[key]
+        if shared is None:
+            self._fit_fixed_steps()
+
+    def _weight_quantizer(self, step: Step) -> nn.Module:
+        weight = cast("nn.Conv2d | nn.Linear", step.module).weight
+        fixed = step.name in self.fixed
+        if self.choice.weights == "vertical":
+            return WeightQuantizer(weight, MAX_BITS if fixed else self.choice.weight_bits[-1])
+        return ElasticWeightQuantizer(
+            weight, (MAX_BITS,) if fixed else self.choice.weight_bits, ("tensor",), ("symmetric",)
+        )
+
+    @torch.no_grad()
+    def _fit_fixed_steps(self) -> None:
+        """Steps of 8-bit layers hold the greatest weight; they are not learned: one update could turn so small a number
+        around."""
+        for step in self.graph.layers:
+            if step.name in self.fixed:
+                weight = cast("nn.Conv2d | nn.Linear", step.module).weight
+                fitted = weight.abs().amax().clamp_min(MIN_STEP) / ((1 << (MAX_BITS - 1)) - 1)
+                for parameter in self.weights[safe(step.name)].parameters():
+                    parameter.requires_grad_(False).fill_(fitted)
+
+    def _low_quantizers(self, signed: bool) -> nn.ModuleDict:
+        choice = self.choice
+        return nn.ModuleDict({str(b): BatchQuantizer(b, signed, choice.estimator) for b in choice.activation_bits})
+
+    # ---- specs -------------------------------------------------------------------------------------------------
+
+    @property
+    def supernet(self) -> Supernet | None:
+        """The elastic float network, None where the architecture is fixed."""
+        return self.network if isinstance(self.network, Supernet) else None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return self.choice.weight_bits
+
+    @property
+    def learned_in(self) -> tuple[SubnetSpec, ...]:
+        return ()
+
+    def layer_space(self, step: Step) -> LayerSpace:
+        return LayerSpace(step.name, self.choice.weight_bits, self.choice.activation_bits)
+
+    @property
+    def shape_choices(self) -> dict[str, Any]:
+        if self.supernet is None:
+            return {}
+        elastic = self.supernet.elastic
+        return {"depths": elastic.depths, "kernels": elastic.kernels, "expands": elastic.expands}
+
+    def block_of(self, step: Step) -> Reference | None:
+        found = BLOCK.match(step.name) if self.supernet is not None else None
+        return (int(found[1]), int(found[2])) if found else None
+
+    def uniform(self, width: int) -> SubnetSpec:
+        """The largest network, every layer that is not fixed with `width` bits.
+
+        Activations have that width too, or the next one above it that they may have, or their greatest.
+        """
+        activations = next((b for b in self.choice.activation_bits if b >= width), self.choice.activation_bits[-1])
+        spec = self.uniform_blocks(self.supernet.elastic.largest if self.supernet else None, width, activations)
+        self.check_spec(spec)
+        return spec
+
+    def uniform_blocks(self, blocks: Blocks | None, weight_bits: int, activation_bits: int) -> SubnetSpec:
+        """The network of `blocks` (None where the architecture is fixed) with the same widths in all free layers."""
+        present = [
+            layer.layer
+            for layer in self.space.layers
+            if blocks is None or layer.block is None or layer.block[1] < len(blocks[layer.block[0]])
+        ]
+        rows = [
+            LayerBits(name, *((MAX_BITS, MAX_BITS) if name in self.fixed else (weight_bits, activation_bits)))
+            for name in present
+        ]
+        return SubnetSpec(self.name, tuple(rows), None if blocks is None else architecture(blocks))
+
+    # ---- what a spec selects -----------------------------------------------------------------------------------
+
+    def norm(self, step: Step, spec: SubnetSpec) -> nn.BatchNorm2d | None:
+        return step.norm
+
+    def stream_quantizer(self, tensor: str, spec: SubnetSpec) -> BatchQuantizer | None:
+        return cast(BatchQuantizer, self.streams[safe(tensor)]) if safe(tensor) in self.streams else None
+
+    def low_quantizer(self, tensor: str, spec: SubnetSpec) -> BatchQuantizer:
+        own = cast(nn.ModuleDict, self.lows[safe(tensor)])
+        return cast(BatchQuantizer, own[str(self.low_width(tensor, spec))])
+
+    def weight(self, step: Step, spec: SubnetSpec) -> Tensor:
+        weight, entry = cast("nn.Conv2d | nn.Linear", step.module).weight, spec[step.name]
+        if entry.weight_bits == FLOAT_BITS:
+            return weight
+        quantizer = self.weights[safe(step.name)]
+        chosen = entry.weight_bits if isinstance(quantizer, WeightQuantizer) else entry
+        return cast(Tensor, quantizer(weight, chosen))
+
+    def layer_codes(self, step: Step, spec: SubnetSpec) -> LayerCodes:
+        weight, entry = cast("nn.Conv2d | nn.Linear", step.module).weight, spec[step.name]
+        quantizer = self.weights[safe(step.name)]
+        if isinstance(quantizer, WeightQuantizer):
+            bits = WeightBits(entry.weight_bits, quantizer.top, container_bits(quantizer.top))
+            return LayerCodes(quantizer.codes(weight, bits.bits), quantizer.container_step, 0, bits)
+        return cast(ElasticWeightQuantizer, quantizer).codes(weight, entry)
+
+    # ---- subnets -----------------------------------------------------------------------------------------------
+
+    def _smaller(self, network: nn.Module, shared: BatchQuantNet) -> BatchQuantNet:
+        graph = read_graph(network, scoped=True)
+        fixed = self.fixed & {step.name for step in graph.layers}
+        return BatchQuantNet(network, graph, self.name, self.choice, fixed, shared)
+
+    def _template(self, blocks: Blocks) -> BatchQuantNet:
+        """The subnet of `blocks` without memory, with this network's quantizers; the last ones asked for are kept."""
+        assert self.supernet is not None
+        template = self._templates.pop(blocks, None) or self._smaller(self.supernet.template(blocks), self)
+        self._templates[blocks] = template
+        if len(self._templates) > KEPT_TEMPLATES:
+            del self._templates[next(iter(self._templates))]
+        return template.train(self.training)
+
+    def subnet(self, spec: SubnetSpec) -> BatchQuantNet:
+        """A network of its own for the architecture of `spec`: slices, and quantizers, are copied."""
+        if self.supernet is None:
+            return copy.deepcopy(self)
+        assert spec.architecture is not None
+        return copy.deepcopy(self._smaller(self.supernet.copy_of(spec.architecture.stages), self))
+
+    def forward(self, x: Tensor, spec: SubnetSpec, trace: dict[str, Tensor] | None = None) -> Tensor:
+        """As SimulatedNet's; the gradients of a smaller architecture go into the slices of the supernet's tensors."""
+        if self.supernet is None or self._is_largest(spec):
+            return super().forward(x, spec, trace)
+        assert spec.architecture is not None
+        template = self._template(spec.architecture.stages)
+        tensors = {f"network.{name}": tensor for name, tensor in self.supernet.slices(template.network).items()}
+        return cast(Tensor, functional_call(template, tensors, (x, spec, trace)))
+
+    def _is_largest(self, spec: SubnetSpec) -> bool:
+        if self.supernet is None or spec.architecture is None:
+            raise ModelError("the network is elastic: the spec needs an architecture")
+        return spec.architecture.stages == self.supernet.elastic.largest
+
+    # ---- parameters --------------------------------------------------------------------------------------------
+
+    def quantizer_parameters(self) -> list[nn.Parameter]:
+        """Learned steps of weights."""
+        return [parameter for parameter in self.weights.parameters() if parameter.requires_grad]
+
+    def residual_parameters(self) -> list[nn.Parameter]:
+        """Learned factors and offsets of activations."""
+        return [*self.streams.parameters(), *self.lows.parameters()]
+
+    def network_parameters(self) -> list[nn.Parameter]:
+        """Weights, biases, batch norms, kernel transforms."""
+        return list(self.network.parameters())
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep steps, factors and those of batch norm positive (runtimes refuse negative scales); fit 8-bit steps."""
+        for module in self.modules():
+            if isinstance(module, ElasticWeightQuantizer | BatchQuantizer):
+                module.project()
+            elif isinstance(module, WeightQuantizer):
+                module.step.clamp_(min=MIN_STEP)
+            elif isinstance(module, nn.BatchNorm2d) and module.affine:
+                module.weight.clamp_(min=MIN_NORM_FACTOR)
+        self._fit_fixed_steps()
