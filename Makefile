@@ -42,7 +42,7 @@ demo: $(STAMP)
 	$(BIN)/qdeploy demo
 
 test: $(STAMP)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .
