@@ -163,7 +163,7 @@ def recipe_of(row: Row, seed: int, full: bool) -> Recipe:
     """The whole recipe of a cell; RecipeError where this version cannot run the row."""
     if row.quantization is None:
         raise RecipeError(f"row {row.name} cannot be run: it needs {row.needs}")
-    phase = {"epochs": 8, "weight_decay": 1e-4, "learning_rate": 0.01}
+    phase = {"epochs": 5, "weight_decay": 1e-4, "learning_rate": 0.01}
     images = {} if full else {"train_images": IMAGES}
     return from_dict(
         {
@@ -171,7 +171,7 @@ def recipe_of(row: Row, seed: int, full: bool) -> Recipe:
             "network": dict(row.network),
             "data": {"name": "cifar-10"} | images,
             "quantization": row.quantization,
-            "float_phase": phase | {"learning_rate": 0.1, "weight_decay": 5e-4, "nesterov": True},
+            "float_phase": phase | {"epochs": 8, "learning_rate": 0.1, "weight_decay": 5e-4, "nesterov": True},
             "quantized_phase": phase | row.quantized_phase,
             "seed": seed,
         }

@@ -25,6 +25,7 @@ NETWORKS: dict[str, tuple[Callable[[int, int, int, int], nn.Module], int]] = {
     "mobilenetv2-imagenet": (mobilenetv2_imagenet, 32),
     "mobilenetv3": (functools.partial(largest, "mobilenetv3"), 16),
     "mobilenetv3-imagenet": (functools.partial(largest, "mobilenetv3-imagenet"), 16),
+    "mobilenetv3-small": (functools.partial(largest, "mobilenetv3-small"), 16),
     "mobilenetv3-tiny": (functools.partial(largest, "mobilenetv3-tiny"), 8),
     "resnet14": (resnet14, 16),
     "resnet18": (resnet18, 64),

@@ -40,6 +40,7 @@ IMAGENET = (
     Stage(160, 2, True, True),
 )
 SMALL = tuple(replace(stage, stride=stride) for stage, stride in zip(IMAGENET, (1, 2, 2, 1, 1), strict=True))
+THREE = (Stage(24, 2, False, False), Stage(40, 1, True, True), Stage(80, 2, True, True))
 TINY = (Stage(16, 2, False, False), Stage(24, 2, True, True))
 
 
@@ -80,7 +81,10 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV3(nn.Module):
-    """Stem 3x3, one plain block, elastic stages, 1x1 to the last width, pool, 1x1 without batch norm, classifier."""
+    """Stem 3x3, one plain block, elastic stages, 1x1 to the last width, pool, 1x1 without batch norm, classifier.
+
+    The last two widths are 960 and 1280, divided by `head_part`.
+    """
 
     def __init__(
         self,
@@ -90,10 +94,11 @@ class MobileNetV3(nn.Module):
         stem_stride: int,
         stages: Sequence[Stage],
         blocks: Sequence[Sequence[Block]],
+        head_part: int,
     ) -> None:
         super().__init__()
 
-        def scaled(plain: int) -> int:
+        def scaled(plain: float) -> int:
             return divisible(plain * width / PLAIN_WIDTH)
 
         inputs = scaled(PLAIN_WIDTH)
@@ -107,7 +112,7 @@ class MobileNetV3(nn.Module):
                 inputs = outputs
             rows.append(nn.Sequential(*row))
         self.stages = nn.Sequential(*rows)
-        last, head = scaled(PLAIN_LAST), scaled(PLAIN_HEAD)
+        last, head = scaled(PLAIN_LAST / head_part), scaled(PLAIN_HEAD / head_part)
         self.last = conv_bn(inputs, last, 1, activation=nn.Hardswish)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.mix = nn.Conv2d(last, head, 1)
@@ -127,8 +132,9 @@ def _build(
     width: int,
     stem_stride: int,
     blocks: Sequence[Sequence[Block]],
+    head_part: int = 1,
 ) -> nn.Module:
-    return MobileNetV3(channels, classes, width, stem_stride, stages, blocks)
+    return MobileNetV3(channels, classes, width, stem_stride, stages, blocks, head_part)
 
 
 # by name of the network; its stages in `MobileNetV3.stages`
@@ -137,6 +143,8 @@ SPACES = {
     "mobilenetv3": Elastic(functools.partial(_build, SMALL), ((2, 3, 4),) * 5, KERNELS, EXPANDS),
     # as in the paper, for about 224 pixels
     "mobilenetv3-imagenet": Elastic(functools.partial(_build, IMAGENET), ((2, 3, 4),) * 5, KERNELS, EXPANDS),
+    # three stages of up to three blocks and a head of a quarter: for 28 or 32 pixels, small enough to ship
+    "mobilenetv3-small": Elastic(functools.partial(_build, THREE, head_part=4), ((1, 2, 3),) * 3, (3, 5), (2, 3, 4)),
     # two stages of up to two blocks: the smallest elastic network, for tests
     "mobilenetv3-tiny": Elastic(functools.partial(_build, TINY), ((1, 2),) * 2, (3, 5), (2, 3)),
 }
