@@ -39,8 +39,9 @@ def input_quantizer(images: np.ndarray) -> Quantizer:
 def freeze(network: nn.Module, images: np.ndarray, name: str = "network") -> FrozenNet:
     """Quantize a trained float network with calibration images, uint8 or float32 [n, C, H, W].
 
-    The network may hold Conv2d, BatchNorm2d (behind a Conv2d), Linear, ReLU, ReLU6, +, max, average and global average
-    pooling and flatten, as modules or functions; it is not changed. Raises ModelError that lists what cannot be taken.
+    The network may hold Conv2d, BatchNorm2d (behind a Conv2d), Linear, ReLU, ReLU6, Hardswish, Hardsigmoid, + and * of
+    two tensors, max, average and global average pooling and flatten, as modules or functions; it is not changed. Raises
+    ModelError that lists what cannot be taken.
     """
     if images.ndim != 4 or images.dtype not in (np.uint8, np.float32) or not len(images):  # noqa: PLR2004
         raise ModelError(f"calibration images are uint8 or float32 [n, C, H, W], not {images.dtype} {images.shape}")

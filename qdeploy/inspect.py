@@ -29,7 +29,8 @@ Description = dict[str, Any]
 
 
 def describe(path: Path) -> Description:
-    """A published tree, QDQ ONNX file, FrozenNet folder, artifact folder or subnet spec as a JSON value with `kind`.
+    """A training run, subnet spec, FrozenNet folder, QDQ ONNX file, artifact folder or published tree as a JSON value
+    with `kind`.
 
     Raises the error class of the hand-over when it is damaged, ModelError when `path` is none of these.
     """
@@ -317,7 +318,7 @@ def _run(path: Path) -> Description:
     recipe = from_dict(value("recipe.json", "the run's recipe"))
     phases = [
         {"phase": name, "bytes": (path / f"{name}.checkpoint").stat().st_size}
-        for name in ("float", "quantized")
+        for name in ("float", "mixed", "quantized")
         if (path / f"{name}.checkpoint").is_file()
     ]
     found: Description = {

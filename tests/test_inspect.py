@@ -8,6 +8,7 @@ from qdeploy.errors import BundleError, ModelError, QDeployError
 from qdeploy.files import canonical_json
 from qdeploy.frozen import save_frozen
 from qdeploy.inspect import describe, render
+from qdeploy.recipe import from_dict
 from qdeploy.space import Architecture, Block, LayerBits, SubnetSpec
 from tests.bundle.small import small_tree
 from tests.nets_frozen import random_frozen
@@ -76,6 +77,18 @@ def test_frozen_network_and_spec(tmp_path: Path) -> None:
     spec = describe(tmp_path / "elastic.json")
     assert spec["layers"][0]["granularity"] == "channel" and spec["architecture"]["resolution"] == 28
     assert "asymmetric" in render(spec)
+
+
+def test_a_run_lists_every_phase(tmp_path: Path) -> None:
+    recipe = from_dict({"name": "r", "network": {"name": "n"}, "data": {"name": "d"}})
+    (tmp_path / "recipe.json").write_bytes(canonical_json(recipe.to_json()))
+    for i, phase in enumerate(("float", "mixed", "quantized")):
+        (tmp_path / f"{phase}.checkpoint").write_bytes(bytes(i + 1))
+    found = describe(tmp_path)
+    assert [(row["phase"], row["bytes"]) for row in found["checkpoints"]] == [
+        ("float", 1), ("mixed", 2), ("quantized", 3),
+    ]  # fmt: skip
+    assert "mixed" in render(found)
 
 
 def test_anything_else(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -51,19 +51,9 @@ def pieces_of(manifest: Manifest, level: str) -> list[int]:
     return sorted(found)
 
 
-def missing(manifest: Manifest, have: Container[int], level: str) -> list[int]:
-    """Pieces of `level` that are not in `have`, in fetch order: what a climb costs."""
-    return [piece for piece in pieces_of(manifest, level) if piece not in have]
-
-
 def artifact_pieces(manifest: Manifest, artifact: int) -> list[int]:
     """Pieces of a compiled artifact, in fetch order."""
     return sorted({piece for _, piece in manifest.artifacts[artifact].files})
-
-
-def objects_of(manifest: Manifest, pieces: Iterable[int]) -> list[int]:
-    """Objects that hold these pieces, in fetch order."""
-    return sorted({manifest.pieces[piece].object for piece in pieces})
 
 
 # --- from pieces to a level ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from qdeploy.client.artifact import choose_artifact, describe, unpack_artifact
 from qdeploy.client.fetch import GoneError, Patience, Source
 from qdeploy.client.plan import KINDS, Extent, check_climb, check_drop, piece_extent, piece_kinds
 from qdeploy.client.receive import Echo, Progress, Tally, fetch_pieces
-from qdeploy.client.state import PULL_AGAIN, Current, DeviceFolder, FolderWriter, write_folder
+from qdeploy.client.state import PULL_AGAIN, Current, DeviceFolder, write_folder
 from qdeploy.errors import BundleError, DeviceError
 from qdeploy.files import sha256
 
@@ -91,25 +91,45 @@ def verify_level(folder: DeviceFolder, manifest: Manifest, level: str, artifact:
 # --- the three commands ----------------------------------------------------------------------------------------------
 
 
-def _release(folder: FolderWriter, source: Source, tally: Tally) -> tuple[str, Manifest, int]:
-    """Digest, manifest and size of manifest with release.json of the server's current release."""
+@dataclass(frozen=True)
+class _Offer:
+    """The server's current release: its manifest's digest, the manifest, its bytes unless the folder has them, and the
+    size of these bytes."""
+
+    digest: str
+    manifest: Manifest
+    fresh: bytes | None
+    size: int
+
+
+def _offer(folder: DeviceFolder, source: Source, tally: Tally) -> _Offer:
+    """What the server publishes now; nothing is written."""
     head = source.small(RELEASE_NAME, MAX_RELEASE)
     release = parse_release(head)
     tally.fetched["manifest"] += len(head)
+    fresh = None
     try:
         manifest = folder.manifest(release.sha256)
     except BundleError:
-        data = source.small(manifest_name(release.sha256), release.size)
-        tally.fetched["manifest"] += len(data)
-        if len(data) != release.size or sha256(data) != release.sha256:
+        fresh = source.small(manifest_name(release.sha256), release.size)
+        tally.fetched["manifest"] += len(fresh)
+        if len(fresh) != release.size or sha256(fresh) != release.sha256:
             text = f"the manifest from {source.url} is not the one that its release.json names"
             raise BundleError(f"{text}: it was damaged or swapped there; publish the release again") from None
-        manifest = parse_manifest(data)
-        folder.save_manifest(release.sha256, data)
+        manifest = parse_manifest(fresh)
     if manifest.release != release.release:
         numbers = f"{release.release} and {manifest.release}"
         raise BundleError(f"release.json and its manifest differ in the release number ({numbers}): publish again")
-    return release.sha256, manifest, release.size
+    tally.requests = source.requests
+    return _Offer(release.sha256, manifest, fresh, release.size)
+
+
+def _check_asked(manifest: Manifest, level: str | None, target: str | None) -> None:
+    """Raise BundleError for a level or a hardware class that the release lacks, before a folder is made for it."""
+    if level is not None:
+        manifest.level(level)
+    if target is not None:
+        choose_artifact(manifest, target)
 
 
 def _held_choice(folder: DeviceFolder) -> tuple[Current, Manifest] | None:
@@ -145,14 +165,15 @@ def pull(
     compiled artifact is fetched (default: the one named before, else the one that suits this machine). Side tensors of
     all levels below come too, so that a drop costs nothing. Raises FetchError (what was verified is kept), BundleError
     (unknown level, damaged or swapped files, an older release), DeviceError (full disk, folder locked); the level in
-    force is then unchanged.
+    force is then unchanged, and no folder is made for a level or hardware class that the release lacks.
     """
     tally = Tally()
     with ExitStack() as stack:
         source = stack.enter_context(Source(url, patience))
+        offer = _offer(DeviceFolder(folder), source, tally)
+        manifest = offer.manifest
+        _check_asked(manifest, level, target)
         writer = stack.enter_context(write_folder(folder, create=True))
-        digest, manifest, size = _release(writer, source, tally)
-        tally.requests = source.requests
         held = _held_choice(writer)
         if held is not None:
             _check_successor(writer, held[1], manifest)
@@ -163,13 +184,15 @@ def pull(
             target = held[0].target
         artifact, why = choose_artifact(manifest, target)
         kinds = piece_kinds(manifest, level, artifact)
+        if offer.fresh is not None:
+            writer.save_manifest(offer.digest, offer.fresh)
         try:
             fetch_pieces(writer, source, manifest, kinds, tally, echo, progress)
         except GoneError as e:
             raise GoneError(f"{e}; the published tree is incomplete or was just replaced: try again") from e
         verify_level(writer, manifest, level, artifact)
-        writer.activate(Current(url, digest, level, artifact, target))
-    return _report(manifest, level, artifact, why, size, tally)
+        writer.activate(Current(url, offer.digest, level, artifact, target))
+    return _report(manifest, level, artifact, why, offer.size, tally)
 
 
 @dataclass(frozen=True)
@@ -255,13 +278,6 @@ def drop(folder: Path, to: str) -> PullReport:
     Raises BundleError when the level is unknown, not below the current one, or damaged on disk.
     """
     return prepare_drop(folder, to).commit()
-
-
-def held_levels(folder: Path) -> list[str]:
-    """Levels of the release in force whose pieces are all held, in fetch order."""
-    device = DeviceFolder(folder)
-    _, manifest = open_choice(device)
-    return levels_within(manifest, device.journal())
 
 
 def levels_within(manifest: Manifest, held: Iterable[Extent]) -> list[str]:

@@ -60,8 +60,9 @@ class _OnnxRuntime:
 
     def __init__(self, manifest: Manifest, level: str, read: ReadPiece) -> None:
         session = self._session(manifest, level, read)
-        self.batch: int = session.get_inputs()[0].shape[0]
-        self.sample: tuple[int, ...] = tuple(session.get_inputs()[0].shape[1:])
+        batch, *sample = session.get_inputs()[0].shape
+        self.batch: int = batch if isinstance(batch, int) else 1  # an open batch means one image, as `compile` has it
+        self.sample: tuple[int, ...] = tuple(sample)
 
     @staticmethod
     def _session(manifest: Manifest, level: str, read: ReadPiece) -> Any:

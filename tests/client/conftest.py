@@ -17,6 +17,7 @@ from qdeploy.frozen import FrozenNet
 from qdeploy.integer import logits, quantize
 from qdeploy.ladder import read_ladder
 from qdeploy.target import Target
+from tests.client.tree import Tree, make_tree
 from tests.nets_frozen import ladder_of
 
 LEVELS = ("w2", "w3", "w4")
@@ -30,6 +31,18 @@ class RealRelease:
     onnx: Mapping[str, bytes]
     images: np.ndarray  # uint8 [n, C, H, W]
     outputs: Mapping[str, np.ndarray]  # float32 [n, classes]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    """A small published ladder of invented files."""
+    return make_tree(tmp_path / "root")
+
+
+@pytest.fixture
+def dev(tmp_path: Path) -> Path:
+    """Where a device folder is to be; nothing is there yet."""
+    return tmp_path / "dev"
 
 
 def reference(net: FrozenNet, images: np.ndarray) -> np.ndarray:

@@ -10,21 +10,19 @@ import numpy as np
 import pytest
 
 from qdeploy.bundle.store import assemble, level_tensors
+from qdeploy.bundle.write import write_bundle
 from qdeploy.client.fetch import Patience
 from qdeploy.client.pull import climb, pull
 from qdeploy.client.runtime import LevelRunner, in_batches, run
 from qdeploy.client.state import DeviceFolder
 from qdeploy.compile.artifact import Artifact, load_artifact
 from qdeploy.errors import BundleError, DataError, DeviceError, FetchError
+from qdeploy.ladder import read_ladder
 from qdeploy.serve.app import serving
 from tests.client.conftest import LEVELS, RealRelease
-from tests.client.test_pull import damage
+from tests.client.device import damage
 from tests.client.tree import make_tree
-
-
-@pytest.fixture
-def dev(tmp_path: Path) -> Path:
-    return tmp_path / "dev"
+from tests.qdq_models import Net
 
 
 @pytest.fixture
@@ -68,6 +66,17 @@ def test_a_model_with_a_batch_takes_any_number_of_images(size: int) -> None:
 
     np.testing.assert_array_equal(in_batches(run_batch, images, size), images.sum(1, keepdims=True))
     assert set(seen) == {size} and len(seen) == -(-4 // size)
+
+
+@pytest.mark.parametrize("batch", ["n", 1, 3])
+def test_onnx_runtime_takes_models_with_an_open_batch(batch: str | int, dev: Path, tmp_path: Path) -> None:
+    net = Net((batch, 4, 6, 6))  # type: ignore[arg-type]
+    (tmp_path / "m.onnx").write_bytes(net.model(net.q(net.node("Relu", net.q("x")))).SerializeToString())
+    write_bundle(read_ladder([tmp_path / "m.onnx"]), [], tmp_path / "root")
+    with serving(tmp_path / "root") as url:
+        pull(url, dev)
+    images = np.random.default_rng(0).normal(0, 1, (5, 4, 6, 6)).astype(np.float32)
+    np.testing.assert_allclose(run(dev, images, "ort"), np.maximum(images, 0), atol=0.051)
 
 
 def test_planes_are_joined_by_the_compiled_code(
