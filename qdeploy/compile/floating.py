@@ -160,6 +160,11 @@ class _Writer:
 
     def _name_outputs(self, found: list[str]) -> None:
         """Give results the names of the region's outputs; what has a name already is copied."""
+        graph = ModelProto.FromString(self.region.model).graph
+        for name, info in zip(found, graph.output, strict=True):
+            sizes = tuple(d.dim_value for d in info.type.tensor_type.shape.dim)
+            if name in self.program.values and self.program.values[name][0] != sizes:
+                raise self._refuse(f"TVM makes {list(self.program.values[name][0])} of {info.name} {list(sizes)}")
         renamed: dict[str, str] = {}
         for name, output in zip(found, self.region.outputs, strict=True):
             if name in self.program.values and name not in renamed:
@@ -168,7 +173,6 @@ class _Writer:
             FloatCall(call.function, tuple(renamed.get(arg, arg) for arg in call.args)) for call in self.program.calls
         ]
         kinds = {renamed.get(name, name): kind for name, kind in self.program.values.items()}
-        graph = ModelProto.FromString(self.region.model).graph
         for name, output, info in zip(found, self.region.outputs, graph.output, strict=True):
             if renamed.get(name) != output:
                 size = int(np.prod([d.dim_value for d in info.type.tensor_type.shape.dim]))

@@ -207,10 +207,10 @@ class Evaluator:
             return np.zeros(w.channels, np.int64)
         limit = 2.0**31 - 1
         if w.bias_scale is None:
-            real = self.params[w.bias].astype(np.float64) / unit.astype(np.float64)
+            real = self.params[w.bias].reshape(-1).astype(np.float64) / unit.astype(np.float64)
             return np.clip(np.rint(real), -limit, limit).astype(np.int64)
         zero = self.params[w.bias_zero_point].astype(np.int64) if w.bias_zero_point is not None else 0
-        value = self.params[w.bias].astype(np.int64) - zero
+        value = self.params[w.bias].reshape(-1).astype(np.int64) - zero
         own = np.broadcast_to(self.params[w.bias_scale].reshape(-1), w.channels)
         converted = np.clip(np.rint(value * (own.astype(np.float64) / unit.astype(np.float64))), -limit, limit)
         return np.where(own == unit, value, converted.astype(np.int64))

@@ -139,6 +139,12 @@ def _formulas(reader: Reader, node: NodeProto) -> list[Formula]:
         found.append(_stored(reader, name, value) if isinstance(value, Stored) else _formula(reader, name))
     if not any(isinstance(reader.values.get(name), View | Result) for name in node.input):
         raise Refused("none of its inputs is an activation")
+    rank = max(len(formula.dims) for formula in found if formula.dims is not None)
+    for name, formula in zip(node.input, found, strict=True):
+        if formula.dims is None and reader.arrays[name].ndim > rank:
+            raise Refused(f"constant {name} {list(reader.arrays[name].shape)} has more axes than the activations")
+    if sum(formula.term.size() for formula in found) > MAX_TERM:
+        raise Refused("it ends a chain of too many operators: put QuantizeLinear and DequantizeLinear between them")
     return found
 
 

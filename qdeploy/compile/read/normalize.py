@@ -36,6 +36,8 @@ PER_IMAGE = frozenset((
     "Squeeze", "Sub", "Tan", "Tanh", "ThresholdedRelu", "Transpose", "Unsqueeze", "Upsample",
 ))  # fmt: skip
 
+BROADCAST = frozenset(("Add", "Div", "Gemm", "MatMul", "Max", "Min", "Mul", "PRelu", "Pow", "Sub"))
+
 
 @dataclass(frozen=True)
 class Normal:
@@ -74,7 +76,7 @@ def normalize(model: ModelProto, shape: tuple[str, tuple[int, ...]] | None = Non
         )
     batch = _fix_input(out, shape)
     literal = _per_image(out, batch)
-    types = fold(out)
+    types = _plain_pools(out, fold(out))
     if batch > 1:
         _check_apart(out, literal, batch, types)
     computed = {tensor.name for tensor in out.graph.initializer} - {tensor.name for tensor in model.graph.initializer}
@@ -174,10 +176,13 @@ def _check_apart(model: ModelProto, literal: dict[str, str], batch: int, types: 
     for node in model.graph.node:
         if not made.intersection(node.input):
             continue
+        read = [types[name] for name in node.input if name in made and name in types]
         made.update(node.output)
         for name in filter(None, node.output):
             one, many = types.get(name), found.get(name)
             apart = one is not None and many is not None and many.shape == (batch, *one.shape[1:])
+            if one is not None and node.op_type in BROADCAST:  # else images lie along another axis of the result
+                apart = apart and all(len(kind.shape) == len(one.shape) for kind in read)
             if not (apart and one is not None and one.shape[:1] == (1,) and _keeps_apart(node, stored, one)):
                 raise CompileError(
                     f"the model cannot be compiled: {node.op_type} {node.name or name} may mix the {batch} images of "
@@ -243,6 +248,34 @@ def fold(model: ModelProto) -> dict[str, FloatTensor]:
         model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in made.items())
         del model.graph.value_info[:]
     return infer(model)
+
+
+def _plain_pools(model: ModelProto, types: dict[str, FloatTensor]) -> dict[str, FloatTensor]:
+    """Write the windows that ceil_mode adds as padding, in place; returns the types of all values, which may change.
+
+    ONNX leaves out a window that starts behind the input, its shape inference counts it.
+    """
+    for node in model.graph.node:
+        a = attributes(node)
+        source = types.get(node.input[0]) if node.op_type in ("MaxPool", "AveragePool") else None
+        if source is None or not a.get("ceil_mode", 0) or a.get("auto_pad", b"NOTSET") != b"NOTSET":
+            continue
+        kernel, size = a["kernel_shape"], source.shape[2:]
+        rank = len(kernel)
+        strides, dilations = a.get("strides", [1] * rank), a.get("dilations", [1] * rank)
+        pads = list(a.get("pads", [0] * 2 * rank))
+        for i in range(rank):
+            reach = (kernel[i] - 1) * dilations[i] + 1
+            windows = -(-(size[i] + pads[i] + pads[i + rank] - reach) // strides[i]) + 1
+            windows -= (windows - 1) * strides[i] >= size[i] + pads[i]
+            pads[i + rank] = max(pads[i + rank], (windows - 1) * strides[i] + reach - size[i] - pads[i])
+        if a.get("count_include_pad", 0) and pads != list(a.get("pads", [0] * 2 * rank)):
+            continue  # padding that ceil_mode adds does not count
+        kept = [x for x in node.attribute if x.name not in ("ceil_mode", "pads")]
+        del node.attribute[:]
+        node.attribute.extend([*kept, helper.make_attribute("pads", pads)])
+        types = infer(model)
+    return types
 
 
 def _value(

@@ -81,4 +81,6 @@ def softmax(reader: Reader, node: NodeProto) -> None:
         raise Refused("only the softmax over channels (axis 1) is supported")
     if reader.shape_of(view)[0] != view.dims[1]:
         view = reader.shaped(view)
+    if reader.shape_of(view)[0] != view.dims[1]:
+        raise Refused(f"its input {list(view.dims)} has more axes than [1, C, H, W]")
     reader.put(node, Op("softmax", "", (view.operand,), ""), reader.shape_of(view), view.dims)

@@ -28,7 +28,7 @@ from qdeploy.compile.graph import (
     Tensor,
 )
 from qdeploy.compile.read.normalize import Normal, opset_of
-from qdeploy.compile.read.regions import CODES, EMBEDDED, FloatNode, Item, arrange
+from qdeploy.compile.read.regions import CODES, EMBEDDED, INDEXED, FloatNode, Item, arrange, check_indices
 from qdeploy.compile.read.values import Dims, Impossible, Real, Refused, Result, Shape, Stored, Value, View, three
 from qdeploy.errors import CompileError
 from qdeploy.qdq import arrays, attributes, numeric_roles
@@ -154,6 +154,9 @@ class Reader:
             raise Impossible(f"{reason}, and the shape of its output {unknown[0]} is not fixed by the file")
         if any(int(np.prod(self.types[name].shape)) > MAX_CODES for name in outputs):
             raise Impossible("its output is too large")
+        if node.op_type in INDEXED:
+            stored = None if node.input[1] in self.roles else self.arrays.get(node.input[1])
+            check_indices(node, self.types[node.input[0]].shape, stored)
         node, matrix = self._plain_gemm(node)
         reads: dict[str, None] = {}
         params: dict[RealParam, None] = {} if matrix is None else {matrix: None}

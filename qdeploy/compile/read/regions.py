@@ -13,8 +13,11 @@ import numpy as np
 from onnx import NodeProto, ValueInfoProto, helper, numpy_helper
 
 from qdeploy.compile.graph import FloatTensor, Op, RealParam, Region
+from qdeploy.compile.read.values import Impossible
+from qdeploy.qdq import attributes
 
 EMBEDDED = 64  # elements: smaller float32 initializers become constants of the code
+INDEXED = ("Gather", "GatherElements", "GatherND", "ScatterElements", "ScatterND")  # input 1 says where
 CODES = ".codes"  # behind the name of codes: the float tensor that holds them in the file's own form
 
 
@@ -34,6 +37,18 @@ class FloatNode:
 
 
 Item = Op | FloatNode
+
+
+def check_indices(node: NodeProto, data: Sequence[int], indices: np.ndarray | None) -> None:
+    """Raise Impossible where an INDEXED node's indices are outside `data`, or not stored: kernels do not check them."""
+    if indices is None:
+        raise Impossible(f"its indices {node.input[1]} are not stored in the file, so nothing can check them")
+    a, whole = attributes(node), node.op_type.endswith("ND")
+    if whole and a.get("batch_dims", 0):
+        raise Impossible("batch_dims is not supported")
+    limits = np.array(data[: indices.shape[-1]] if whole else data[int(a.get("axis", 0))])
+    if (indices < -limits).any() or (indices >= limits).any():
+        raise Impossible(f"its indices {node.input[1]} are outside {list(data)}")
 
 
 def arrange(

@@ -44,7 +44,11 @@ def reshape(reader: Reader, node: NodeProto) -> None:
     target = reader.numbers(node, "shape", 1)
     if target is None or attributes(node).get("allowzero", 0):
         raise Refused("its shape is not stored in the file, or has allowzero")
-    if any(n == 0 and i >= len(dims) for i, n in enumerate(target)) or target.count(-1) > 1 or min(target) < -1:
+    if (
+        any(n == 0 and i >= len(dims) for i, n in enumerate(target))
+        or target.count(-1) > 1
+        or min(target, default=0) < -1
+    ):
         raise Refused(f"its shape {target} is malformed")
     sizes = [dims[i] if n == 0 else n for i, n in enumerate(target)]
     if -1 in sizes:
@@ -139,6 +143,8 @@ def resize(reader: Reader, node: NodeProto) -> None:
     how = (a.get("coordinate_transformation_mode", b"half_pixel"), a.get("nearest_mode", b"round_prefer_floor"))
     if how not in ((b"asymmetric", b"floor"), (b"half_pixel", b"round_prefer_floor")) or "axes" in a:
         raise Refused(f"{how[0].decode()} with {how[1].decode()} is not supported")
+    if a.get("keep_aspect_ratio_policy", b"stretch") != b"stretch":
+        raise Refused(f"keep_aspect_ratio_policy {a['keep_aspect_ratio_policy'].decode()} is not supported")
     factors = _factors(reader, node, [1, channels, height, width])
     if factors is None or factors[:2] != [1.0, 1.0] or any(f < 1 or f != int(f) for f in factors[2:]):
         raise Refused(f"factors {factors} are not stored in the file or not whole numbers over H and W")
