@@ -17,6 +17,10 @@ class ModelError(QDeployError):
     """A network, checkpoint or ONNX model cannot be taken: unknown operator, broken contract, damaged file."""
 
 
+class DivergenceError(ModelError):
+    """A training met a loss or a gradient that is not finite: lower its learning rate."""
+
+
 class BundleError(QDeployError):
     """A bundle or manifest is damaged, does not nest, or lacks the level that was asked for."""
 

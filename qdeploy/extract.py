@@ -12,8 +12,8 @@ from qdeploy.errors import RecipeError
 from qdeploy.files import read_bytes
 from qdeploy.frozen import FrozenNet, load_frozen
 from qdeploy.quant.eqnet import EQNet
-from qdeploy.quant.network import QuantNet
 from qdeploy.quant.simulated import SimulatedNet
+from qdeploy.quant.supernet import BatchQuantNet
 from qdeploy.recipe import Recipe
 from qdeploy.space import SubnetSpec
 from qdeploy.subnet import extract
@@ -33,16 +33,24 @@ def choose_spec(
     spec: Path | None,
     nested_with: Path | None,
     options: Mapping[str, str],
+    architecture: Path | None = None,
 ) -> SubnetSpec:
     """The one choice that the command line made; RecipeError when it made none, two, or one outside the space.
 
-    `options`: granularity and symmetry of a uniform level, where they were given.
+    `options`: granularity and symmetry of a uniform level, where they were given. `architecture`: a spec whose
+    architecture and activation widths a level of a supernet has, by budget.
     """
     given = [name for name, value in (("bits", bits), ("budget-kib", budget_kib), ("spec", spec)) if value is not None]
     if len(given) != 1:
         raise RecipeError("choose one of --bits, --budget-kib and --spec" + (f", not {len(given)}" if given else ""))
     if nested_with is not None and budget_kib is None:
         raise RecipeError("--nested-with goes with --budget-kib: it says which level the new one must extend")
+    if architecture is not None and (
+        budget_kib is None or nested_with is not None or not isinstance(net, BatchQuantNet)
+    ):
+        raise RecipeError(
+            "--architecture goes with --budget-kib and a run of method batchquant, without --nested-with, which has one"
+        )
     if options and (bits is None or not isinstance(net, EQNet)):
         raise RecipeError(f"--{min(options)} goes with --bits and a run of method eqnet")
     if bits is not None:
@@ -52,14 +60,8 @@ def choose_spec(
     if budget_kib is not None:
         if not (math.isfinite(budget_kib) and budget_kib > 0):
             raise RecipeError(f"--budget-kib {budget_kib} is no size: give a positive number of KiB")
-        if not isinstance(net, QuantNet):
-            raise RecipeError(
-                "--budget-kib shares out the bit planes of a run of method vertical. EQ-Net and BatchQuant learn the "
-                "steps of each width by themselves, so low-bit codes are no prefixes of high-bit ones, or choose an "
-                "architecture too. Choose --bits or --spec, or train with method vertical"
-            )
-        low = None if nested_with is None else read_spec(nested_with)
-        return allocate(net, int(budget_kib * 1024), low)
+        low, shape = (None if path is None else read_spec(path) for path in (nested_with, architecture))
+        return allocate(net, int(budget_kib * 1024), low, shape)
     assert spec is not None
     chosen = read_spec(spec)
     net.check_spec(chosen)

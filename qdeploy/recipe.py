@@ -12,16 +12,30 @@ from typing import Any, Literal
 
 from qdeploy.errors import RecipeError
 from qdeploy.files import read_bytes
-from qdeploy.space import MAX_BITS, MIN_BITS
+from qdeploy.space import MAX_BITS, MIN_BITS, SubnetSpec
 
 
 @dataclass(frozen=True)
 class NetworkChoice:
-    """Which backbone: a name of `qdeploy.nets`, its base width and the stride of its first convolution."""
+    """Which backbone: a name of `qdeploy.nets`, its base width and the stride of its first convolution.
+
+    Of an elastic network also which input `resolutions` in pixels and base `widths` subnets may have, rising; the last
+    of `widths` is `width`. Left out, all subnets have the images' size and `width`.
+    """
 
     name: str
     width: int | None = None
     stem_stride: int = 1
+    resolutions: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key in ("resolutions", "widths"):
+            numbers = getattr(self, key)
+            if list(numbers) != sorted(set(numbers)) or any(number < 1 for number in numbers):
+                raise RecipeError(f"network.{key} {list(numbers)} must be rising whole numbers from 1 up")
+        if self.widths and self.widths[-1] != self.width:
+            raise RecipeError(f"network.widths {list(self.widths)} must end with network.width, which is {self.width}")
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,8 @@ class EQNetQuantization:
 
     The first and the last layer have 8 bits. `kurtosis_weight` and `skewness_weight` weigh the regularization of the
     weights' distribution, `guidance` is lambda of group progressive guidance: the part of a lower subnet's loss that is
-    its distance from its teacher.
+    its distance from its teacher. `only`: this one subnet is trained, as a network of its own that learns from the
+    labels alone, without guidance and regularization.
     """
 
     method: Literal["eqnet"]
@@ -91,6 +106,7 @@ class EQNetQuantization:
     kurtosis_weight: float = 0.015
     skewness_weight: float = 1.0
     guidance: float = 0.5
+    only: SubnetSpec | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -134,22 +150,27 @@ class BatchQuantization:
     """What is quantized and how (BatchQuant, QFA): any architecture of an elastic network with any widths a layer.
 
     `estimator` is that of an activation's extreme values: the mean of each channel's (eq. 8), those of all (eq. 7), or
-    mean and three deviations (eq. 9). `weights` "lsq" learns a step for every width; with "vertical" low-bit codes are
-    prefixes of the top ones, so that subnets of one architecture make a ladder. Smaller `kernels` are the centre of
+    mean and three deviations (eq. 9). To compare with: "running" quantizes by running averages of a batch's extremes,
+    "learned" by a learned step and offset (LSQ+). Without `affine` there is no gamma and beta. `weights` "lsq" learns a
+    step for every width; with "vertical" low-bit codes are prefixes of the top ones, so that subnets of one
+    architecture make a ladder. Smaller `kernels` are the centre of
     larger ones, or that times a learned matrix (which does not nest). `mixed_phase` comes before the quantized phase
     and also draws layers in floating point (left out: training in one stage). A step sums the gradients of the largest,
-    the smallest and `random_subnets` subnets and is bounded by `gradient_norm`.
+    the smallest and `random_subnets` subnets and is bounded by `gradient_norm`. `only`: every step of every phase runs
+    this one subnet, as a network of its own, which learns from the labels and from its own float form.
     """
 
     method: Literal["batchquant"]
     weight_bits: tuple[int, ...] = (2, 3, 4)
     activation_bits: tuple[int, ...] = (2, 3, 4)
-    estimator: Literal["channel-mean", "extremes", "three-sigma"] = "channel-mean"
+    estimator: Literal["channel-mean", "extremes", "three-sigma", "running", "learned"] = "channel-mean"
+    affine: bool = True
     weights: Literal["lsq", "vertical"] = "lsq"
     kernels: Literal["crop", "transform"] = "crop"
     mixed_phase: Schedule | None = None
     random_subnets: int = 4
     gradient_norm: float = 500.0
+    only: SubnetSpec | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -163,6 +184,10 @@ class BatchQuantization:
             raise RecipeError(
                 'quantization.kernels is "transform": a transformed kernel is no slice of the larger one\'s codes, so '
                 'weights = "vertical" would not nest; choose kernels = "crop"'
+            )
+        if self.estimator == "learned" and not self.affine:
+            raise RecipeError(
+                'quantization.affine is false: estimator "learned" has no gamma and beta that could be left out'
             )
         if self.random_subnets < 0 or not (math.isfinite(self.gradient_norm) and self.gradient_norm > 0):
             raise RecipeError(
@@ -192,6 +217,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 63:
             raise RecipeError(f"seed is {self.seed}: choose a whole number from 0 to 2^63 - 1")
+        for key in ("resolutions", "widths"):
+            if getattr(self.network, key) and not isinstance(self.quantization, BatchQuantization):
+                raise RecipeError(f"network.{key} vary in elastic networks: choose method batchquant, or leave it out")
+        only = getattr(self.quantization, "only", None)
+        if only is not None and only.network != self.network.name:
+            raise RecipeError(f"quantization.only is a subnet of {only.network}, the network is {self.network.name}")
 
     def replace(self, **changes: Any) -> Recipe:
         """A copy with some fields changed; `quantization` may be a dict of its own changes."""
@@ -201,14 +232,17 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON value with every field; `from_dict` is its inverse."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        plain: dict[str, Any] = _plain(self)
         return plain
 
 
 def _plain(value: Any) -> Any:
-    """Tuples become lists, absent entries go."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if item is not None}
+    """Tuples become lists, specs their JSON, absent and empty entries go."""
+    if isinstance(value, SubnetSpec):
+        return value.to_json()
+    if dataclasses.is_dataclass(value):
+        items = {entry.name: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+        return {key: _plain(item) for key, item in items.items() if item not in (None, ())}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
@@ -224,6 +258,8 @@ def _method(kinds: tuple[type, ...], value: Any, where: str) -> type:
 def _convert(kind: Any, value: Any, where: str) -> Any:
     """`value` as type `kind`, or RecipeError at `where`; integers pass for floats, lists for tuples."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is SubnetSpec:
+        return _spec(value, where)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _build(kind, value, where)
     if origin is Literal:
@@ -243,6 +279,13 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if type(value) is not kind:
         raise RecipeError(f"{where} is {value!r}: {kind.__name__} is needed")
     return value
+
+
+def _spec(value: Any, where: str) -> SubnetSpec:
+    try:
+        return SubnetSpec.from_json(value)
+    except RecipeError as e:
+        raise RecipeError(f"{where}: {e}") from e
 
 
 def _build(cls: type, value: Any, where: str) -> Any:
@@ -266,6 +309,23 @@ def from_dict(value: Any) -> Recipe:
     recipe = _build(Recipe, value, "")
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def same_recipe(stored: Any, recipe: Recipe) -> bool:
+    """True when the plain dict `stored`, which another version may have written, means `recipe`."""
+    try:
+        return from_dict(stored) == recipe
+    except RecipeError:
+        return False
+
+
+def with_only(recipe: Recipe, spec: SubnetSpec) -> Recipe:
+    """`recipe` for training the one subnet `spec` alone; RecipeError for a method that has no subnets."""
+    if not isinstance(recipe.quantization, EQNetQuantization | BatchQuantization):
+        raise RecipeError(
+            "one subnet alone can be trained with method eqnet or batchquant; vertical has widths instead"
+        )
+    return recipe.replace(quantization={"only": spec})
 
 
 def load_recipe(path: Path) -> Recipe:

@@ -8,7 +8,7 @@ its one-hot columns are zero.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from functools import cached_property
 from math import prod
@@ -207,7 +207,7 @@ class SubnetSpec:
 # ---- what may vary -------------------------------------------------------------------------------------------------
 
 
-def _check_choice(what: str, value: Any, choices: Sequence[Choice]) -> None:
+def check_choice(what: str, value: Any, choices: Sequence[Choice]) -> None:
     """Raise RecipeError unless `value` is among `choices`, or None where there are none."""
     if value not in (choices or (None,)):
         known = f"choose from {list(choices)}" if choices else "this network has no such choice, leave it out"
@@ -233,7 +233,7 @@ class LayerSpace:
     def check(self, entry: LayerBits) -> None:
         """Raise RecipeError that names the field and the choices unless `entry` is one of this layer's."""
         for field in LAYER_FIELDS:
-            _check_choice(f"{field} of {self.layer}", getattr(entry, field), getattr(self, field))
+            check_choice(f"{field} of {self.layer}", getattr(entry, field), getattr(self, field))
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class SearchSpace:
 
     `layers` in graph order, those of every block of the deepest network among them. `depths`: of each elastic stage,
     how many of its blocks may be kept. `kernels` and `expands`: of every block. `resolutions` in pixels, `widths`: base
-    widths.
+    widths. `architecture`: the only one, where one subnet was trained alone.
     """
 
     network: str
@@ -261,6 +261,7 @@ class SearchSpace:
     expands: tuple[int, ...] = ()
     resolutions: tuple[int, ...] = ()
     widths: tuple[int, ...] = ()
+    architecture: Architecture | None = None
 
     def __post_init__(self) -> None:
         known: dict[str, LayerSpace] = {}
@@ -344,7 +345,9 @@ class SearchSpace:
         depths = [pick(f"stage {stage} depth", depths) for stage, depths in enumerate(self.depths)]
         layers: dict[str, LayerBits] = {}
         for layer in self._present(depths):
-            chosen = {field: pick(f"{layer.layer} {field}", getattr(layer, field)) for field in LAYER_FIELDS}
+            chosen: dict[str, Any] = {
+                field: pick(f"{layer.layer} {field}", getattr(layer, field)) for field in LAYER_FIELDS
+            }
             if layer.shares is not None:
                 chosen["activation_bits"] = layers[layer.shares].activation_bits
             layers[layer.layer] = LayerBits(layer.layer, **chosen)
@@ -358,6 +361,7 @@ class SearchSpace:
             for s, depth in enumerate(depths)
         )
         found = Architecture(stages, pick("resolution", self.resolutions), pick("width", self.widths))
+        found = self.architecture or found
         return SubnetSpec(self.network, tuple(layers.values()), None if found == Architecture() else found)
 
     def genes(self, spec: SubnetSpec) -> tuple[int, ...]:
@@ -385,16 +389,16 @@ class SearchSpace:
         """Raise RecipeError unless `spec` lies in this space; names the field and the choices."""
         if spec.network != self.network:
             raise RecipeError(f"the spec is for network {spec.network!r}, this one is {self.network!r}")
-        architecture = spec.architecture or Architecture()
-        if len(architecture.stages) != len(self.depths):
-            raise RecipeError(f"the spec has {len(architecture.stages)} elastic stages, the network {len(self.depths)}")
-        values, depths = self._values(spec), [len(stage) for stage in architecture.stages]
-        for gene in (
-            *self._depth_genes,
-            *self._shape_genes,
-        ):  # the depths come first: no block beyond them is asked for
+        stages = (spec.architecture or Architecture()).stages
+        if self.architecture not in (None, spec.architecture):
+            raise RecipeError("the spec has another architecture than the one subnet that was trained alone")
+        if self.architecture is None and len(stages) != len(self.depths):
+            raise RecipeError(f"the spec has {len(stages)} elastic stages, the network {len(self.depths)}")
+        values, depths = self._values(spec), [len(stage) for stage in stages]
+        shape = [] if self.architecture else [*self._depth_genes, *self._shape_genes]  # no block beyond the depths
+        for gene in shape:
             if gene.name in values:
-                _check_choice(gene.name, values[gene.name], gene.choices)
+                check_choice(gene.name, values[gene.name], gene.choices)
         present = self._present(depths)
         if [entry.layer for entry in spec.layers] != [layer.layer for layer in present]:
             raise RecipeError(
@@ -406,6 +410,18 @@ class SearchSpace:
                 raise RecipeError(
                     f"{layer.shares} and {layer.layer} read one tensor: they need the same activation_bits"
                 )
+
+    def alone(self, spec: SubnetSpec) -> SearchSpace:
+        """The space of `spec` and nothing else; RecipeError for a spec outside this one."""
+        self.check(spec)
+        layers = []
+        for layer in self._present([len(stage) for stage in (spec.architecture or Architecture()).stages]):
+            chosen: dict[str, Any] = {
+                f: () if getattr(spec[layer.layer], f) is None else (getattr(spec[layer.layer], f),)
+                for f in LAYER_FIELDS
+            }
+            layers.append(replace(layer, block=None, **chosen))
+        return SearchSpace(self.network, tuple(layers), architecture=spec.architecture)
 
     # ---- search ----------------------------------------------------------------------------------------------------
 
@@ -455,7 +471,8 @@ class SearchSpace:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON value without what has no choices."""
         rows = [{k: v for k, v in asdict(layer).items() if v not in ((), None)} for layer in self.layers]
-        rest = {key: getattr(self, key) for key in ("depths", "kernels", "expands", "resolutions", "widths")}
+        rest: dict[str, Any] = {k: getattr(self, k) for k in ("depths", "kernels", "expands", "resolutions", "widths")}
+        rest["architecture"] = None if self.architecture is None else self.architecture.to_json()
         value = {"network": self.network, "layers": rows} | {key: item for key, item in rest.items() if item}
         plain: dict[str, Any] = parse_json(canonical_json(value), "the search space", RecipeError)
         return plain
@@ -466,6 +483,8 @@ class SearchSpace:
         fields = _object(value, "the search space", [field.name for field in dataclass_fields(cls)])
         try:
             rows = [LayerSpace(**{key: _tuples(item) for key, item in row.items()}) for row in fields.pop("layers")]
+            if "architecture" in fields:
+                fields["architecture"] = Architecture.from_json(fields["architecture"])
             return cls(layers=tuple(rows), **{key: _tuples(item) for key, item in fields.items()})
         except (KeyError, TypeError, AttributeError) as e:
             raise RecipeError(f"the search space is damaged ({e!r}): write it again") from e

@@ -218,11 +218,18 @@ def integer_accuracy(frozen: FrozenNet, data: Dataset) -> float:
     return 100.0 * float((output.argmax(1) == data.labels).mean())
 
 
+def input_codes(net: SimulatedNet, spec: SubnetSpec, images: np.ndarray) -> np.ndarray:
+    """What the integers of `spec` read of images uint8 [n, C, H, W]: those, or resized ones."""
+    pixels = net.input_of(torch.from_numpy(images).float().div_(255.0), spec)
+    return pixels.mul(255.0).round_().to(torch.uint8).numpy()
+
+
 def extract(net: SimulatedNet, spec: SubnetSpec, name: str, calibration: np.ndarray, test: Dataset | None) -> FrozenNet:
     """Calibrate, freeze and evaluate one subnet. `calibration`: training images uint8 [n, C, H, W]."""
     mixed = calibrated(net, spec, calibration)
-    frozen = to_integers(mixed, spec, name, calibration[:GOLDEN_IMAGES])
+    frozen = to_integers(mixed, spec, name, input_codes(mixed, spec, calibration[:GOLDEN_IMAGES]))
     if test is None:
         return frozen
+    test = Dataset(test.name, test.split, input_codes(mixed, spec, test.images), test.labels)
     report = dict(frozen.report) | {"accuracy": integer_accuracy(frozen, test), "test_images": len(test.labels)}
     return replace(frozen, report=report)

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import nn
 
 from qdeploy.errors import RecipeError
-from qdeploy.nets.elastic import Blocks, Supernet
+from qdeploy.nets.elastic import Supernet
 from qdeploy.nets.mobilenetv2 import mobilenetv2, mobilenetv2_imagenet
 from qdeploy.nets.mobilenetv3 import SPACES, largest
 from qdeploy.nets.resnet import resnet8, resnet14, resnet18, resnet18_imagenet, resnet20
 from qdeploy.nets.tiny import tiny
+from qdeploy.space import Architecture
 
 # name -> (its builder, its width when none is asked for). The builders take (channels, classes, width, stem_stride).
 NETWORKS: dict[str, tuple[Callable[[int, int, int, int], nn.Module], int]] = {
@@ -49,21 +51,35 @@ def build(name: str, channels: int, classes: int, width: int | None = None, stem
     return NETWORKS[name][0](channels, classes, width, stem_stride)
 
 
-def build_supernet(
-    name: str, channels: int, classes: int, width: int | None, stem_stride: int, transforms: bool
+def build_supernet(  # noqa: PLR0913
+    name: str,
+    channels: int,
+    classes: int,
+    width: int | None,
+    stem_stride: int,
+    transforms: bool,
+    *,
+    resolutions: tuple[int, ...] = (),
+    widths: tuple[int, ...] = (),
+    only: Architecture | None = None,
 ) -> Supernet:
     """A freshly initialised supernet, as `build`; `transforms` makes smaller kernels by learned matrices.
 
-    Raises RecipeError for a network that has no elastic blocks.
+    `resolutions` in pixels and base `widths`, up to `width`, that subnets may have. `only`: the network of this one
+    architecture, which is then the largest and the smallest.
+
+    Raises RecipeError for a network that has no elastic blocks, and for an `only` outside the space.
     """
     if name in NETWORKS and name not in SPACES:
         raise RecipeError(f"network {name!r} has no elastic blocks: choose one of {', '.join(sorted(SPACES))}")
     width = _checked(name, channels, classes, width, stem_stride)
     stride = 2 if name.endswith("-imagenet") else stem_stride
-    space = SPACES[name]
+    space = replace(SPACES[name], resolutions=resolutions, widths=widths)
+    if only is not None:
+        space = space.alone(only)
 
-    def network(blocks: Blocks) -> nn.Module:
-        return space.build(channels, classes, width, stride, blocks)
+    def network(architecture: Architecture) -> nn.Module:
+        return space.build(channels, classes, architecture.width or width, stride, architecture.stages)
 
     return Supernet(space, network, transforms)
 

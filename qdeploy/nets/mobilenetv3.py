@@ -61,9 +61,12 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """[1x1 expansion], depthwise, [squeeze-excite], linear 1x1 projection; the input is added where the shape stays."""
+    """[1x1 expansion], depthwise, [squeeze-excite], linear 1x1 projection; `adds`: the input is added to it.
 
-    def __init__(self, inputs: int, outputs: int, stride: int, block: Block, stage: Stage) -> None:
+    All but the first block of a stage add, so that narrow networks have the graph of wide ones.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, block: Block, stage: Stage, adds: bool) -> None:  # noqa: PLR0913, PLR0917
         super().__init__()
         activation = nn.Hardswish if stage.hard_swish else nn.ReLU
         kernel, expand = block.kernel or 3, block.expand or 1
@@ -72,7 +75,7 @@ class InvertedResidual(nn.Module):
         self.depthwise = conv_bn(hidden, hidden, kernel, stride, groups=hidden, activation=activation)
         self.squeeze = SqueezeExcite(hidden) if stage.squeeze else None
         self.project = conv_bn(hidden, outputs, 1)
-        self.adds = stride == 1 and inputs == outputs
+        self.adds = adds
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = self.depthwise(x if self.expand is None else self.expand(x))
@@ -103,12 +106,13 @@ class MobileNetV3(nn.Module):
 
         inputs = scaled(PLAIN_WIDTH)
         self.stem = conv_bn(channels, inputs, 3, stem_stride, activation=nn.Hardswish)
-        self.first = InvertedResidual(inputs, inputs, 1, Block(), Stage(inputs, 1, False, False))
+        self.first = InvertedResidual(inputs, inputs, 1, Block(), Stage(inputs, 1, False, False), adds=True)
         rows: list[nn.Module] = []
         for stage, chosen in zip(stages, blocks, strict=True):
             outputs, row = scaled(stage.channels), []
             for index, block in enumerate(chosen):
-                row.append(InvertedResidual(inputs, outputs, stage.stride if index == 0 else 1, block, stage))
+                stride = stage.stride if index == 0 else 1
+                row.append(InvertedResidual(inputs, outputs, stride, block, stage, adds=index > 0))
                 inputs = outputs
             rows.append(nn.Sequential(*row))
         self.stages = nn.Sequential(*rows)

@@ -164,6 +164,10 @@ class EQNet(SimulatedNet):
     def widths(self) -> tuple[int, ...]:
         return self.choice.weight_bits
 
+    @property
+    def only(self) -> SubnetSpec | None:
+        return self.choice.only
+
     def layer_space(self, step: Step) -> LayerSpace:
         c = self.choice
         return LayerSpace(step.name, c.weight_bits, c.activation_bits, c.granularity, c.symmetry)

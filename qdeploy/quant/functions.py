@@ -14,9 +14,18 @@ from torch import Tensor
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd import Function
 
+from qdeploy.errors import DivergenceError
 from qdeploy.quant.parallel import processes
 
 BORDER = 1e-6  # of a step: hardtanh_backward leaves out its bounds, which belong to the range
+
+
+def whole(offset: Tensor) -> int:
+    """A scalar offset as the zero point that it is rounded to; DivergenceError where training has made it no number."""
+    value = float(offset.round())
+    if not math.isfinite(value):
+        raise DivergenceError("an activation or an offset is no longer finite: lower the learning rate")
+    return int(value)
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:
@@ -120,7 +129,7 @@ class QuantizeAffine(Function):
     def forward(  # noqa: PLR0913, PLR0917
         ctx: Any, x: Tensor, step: Tensor, offset: Tensor, lo: int, hi: int, parts: int
     ) -> Tensor:
-        zero_point = int(offset.round())
+        zero_point = whole(offset)
         ctx.bounds = (lo - zero_point, hi - zero_point)
         scaled = x / step
         out = scaled.clamp(*ctx.bounds).round_().mul_(step)

@@ -325,6 +325,13 @@ def fold_norms(graph: Graph) -> Graph:
     return Graph(graph.input, tuple(steps))
 
 
+class _Tracer(fx.Tracer):
+    """torch.fx's, to which any kind of batch norm is one operator."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+
+
 def read_graph(network: nn.Module, sample: torch.Tensor | None = None, scoped: bool = False) -> Graph:
     """Steps of a torch network. `sample` [n, C, H, W] is needed when it holds AvgPool2d, which become convolutions.
 
@@ -335,7 +342,9 @@ def read_graph(network: nn.Module, sample: torch.Tensor | None = None, scoped: b
     try:
         if sample is not None:
             _replace_average_pools(network, sample)
-        traced = fx.symbolic_trace(network)
+        tracer = _Tracer()
+        graph = tracer.trace(network)
+        traced = fx.GraphModule(tracer.root, graph)
     except ModelError:
         raise
     except Exception as e:  # fx raises many kinds for control flow that depends on data

@@ -86,6 +86,59 @@ def average_losses(losses: dict[str, float]) -> dict[str, float]:
     return dict(zip(losses, values.tolist(), strict=True))
 
 
+class _Extreme(Function):
+    """Least or greatest values over `axes` (none: over all) of all processes' parts.
+
+    All elements that attain one share its gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axes: tuple[int, ...], smallest: bool) -> Tensor:
+        found = x.amin(axes) if smallest else x.amax(axes)
+        dist.all_reduce(found, dist.ReduceOp.MIN if smallest else dist.ReduceOp.MAX)
+        ctx.save_for_backward(x, found)
+        ctx.axes = axes
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, found = ctx.saved_tensors
+        shape = [1 if axis in ctx.axes or not ctx.axes else size for axis, size in enumerate(x.shape)]
+        attains = x == found.view(shape)
+        totals = torch.stack([grads[0], attains.sum(ctx.axes).to(x.dtype)])
+        dist.all_reduce(totals)
+        return attains * (totals[0] / totals[1]).view(shape), None, None
+
+
+def least(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Least values over `axes` (none: over all) of the whole batch; their gradient is the whole batch's loss's."""
+    return x.amin(axes) if processes() == 1 else _Extreme.apply(x, axes, True)
+
+
+def greatest(x: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """As `least`, the greatest."""
+    return x.amax(axes) if processes() == 1 else _Extreme.apply(x, axes, False)
+
+
+class _MeanOfParts(Function):
+    """Mean of a value over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / processes()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _MeanOfParts.forward(ctx, grads[0])
+
+
+def mean_of_parts(x: Tensor) -> Tensor:
+    """Mean over the processes of what each found in its part of a batch; differentiable."""
+    return x if processes() == 1 else _MeanOfParts.apply(x)
+
+
 class _SyncedNorm(Function):
     """Batch norm [n, C, H, W] with the statistics of all processes' parts; returns mean and biased variance too."""
 
@@ -94,7 +147,8 @@ class _SyncedNorm(Function):
         axes, channels = (0, 2, 3), (1, -1, 1, 1)
         mean = x.mean(axes)
         square = (x - mean.view(channels)).square().mean(axes)
-        found = torch.stack([mean, square + mean.square()]).double()
+        mean = mean.double()  # in single precision a mean far from zero would swallow the variance
+        found = torch.stack([mean, square.double() + mean.square()])
         dist.all_reduce(found)
         mean, square = found / processes()
         variance = square - mean.square()

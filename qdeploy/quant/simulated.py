@@ -152,6 +152,22 @@ class SimulatedNet(nn.Module, ABC):
         Empty where every step was learned in many mixes.
         """
 
+    @property
+    def only(self) -> SubnetSpec | None:
+        """The one subnet that was trained alone, if one was."""
+        return None
+
+    @property
+    def levels(self) -> dict[str, SubnetSpec]:
+        """What a run reports on: its uniform specs by width, or the one that was trained alone."""
+        if self.only is not None:
+            return {"only": self.only}
+        return {str(width): self.uniform(width) for width in self.widths}
+
+    def input_of(self, images: Tensor, spec: SubnetSpec) -> Tensor:
+        """What a network of `spec` reads of images [n, C, H, W] in [0, 1]: those, or resized ones."""
+        return images
+
     # ---- where quantizers stand --------------------------------------------------------------------------------
 
     def is_float(self, step: Step) -> bool:
@@ -191,14 +207,16 @@ class SimulatedNet(nn.Module, ABC):
 
     @cached_property
     def space(self) -> SearchSpace:
-        """What may vary. Layers that read one tensor share their activation width."""
+        """What may vary, nothing where one subnet was trained alone. Layers that read one tensor share their
+        activation width."""
         layers: list[LayerSpace] = []
         for step in self.graph.layers:
             own = LayerSpace(step.name, (8,), (8,)) if step.name in self.fixed else self.layer_space(step)
             leader = self.low_readers(step.inputs[0])[0].name if self.reads_low(step) else step.name
             shares = leader if leader != step.name else None
             layers.append(replace(own, shares=shares, block=self.block_of(step)))
-        return SearchSpace(self.name, tuple(layers), **self.shape_choices)
+        found = SearchSpace(self.name, tuple(layers), **self.shape_choices)
+        return found if self.only is None else found.alone(self.only)
 
     @property
     def shape_choices(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,15 +19,15 @@ from torch.func import functional_call
 
 from qdeploy.errors import ModelError
 from qdeploy.frozen import WeightBits
-from qdeploy.nets.elastic import Blocks, Supernet, architecture
-from qdeploy.quant.batchquant import BatchQuantizer
-from qdeploy.quant.eqnet import ElasticWeightQuantizer
+from qdeploy.nets.elastic import Blocks, Supernet, resized
+from qdeploy.quant.batchquant import BatchQuantizer, RunningQuantizer
+from qdeploy.quant.eqnet import ElasticActivationQuantizer, ElasticWeightQuantizer
 from qdeploy.quant.graph import Graph, Step, read_graph
 from qdeploy.quant.grid import container_bits
-from qdeploy.quant.layers import MIN_STEP, WeightQuantizer
+from qdeploy.quant.layers import MIN_STEP, ActivationQuantizer, WeightQuantizer
 from qdeploy.quant.simulated import MIN_NORM_FACTOR, LayerCodes, SimulatedNet, safe
 from qdeploy.recipe import BatchQuantization
-from qdeploy.space import FLOAT_BITS, MAX_BITS, LayerBits, LayerSpace, Reference, SubnetSpec
+from qdeploy.space import FLOAT_BITS, MAX_BITS, Architecture, LayerBits, LayerSpace, Reference, SubnetSpec
 
 BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.")
 KEPT_TEMPLATES = 64
@@ -53,7 +54,7 @@ class BatchQuantNet(SimulatedNet):
         super().__init__(network, graph, name, choice.activation_bits, fixed=(*fixed, *outside))
         self.choice = choice
         self.weights, self.streams, self.lows = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        self._templates: dict[Blocks, BatchQuantNet] = {}
+        self._templates: dict[Architecture, BatchQuantNet] = {}
         for step in graph.layers:
             key = safe(step.name)
             self.weights[key] = self._weight_quantizer(step) if shared is None else shared.weights[key]
@@ -61,7 +62,7 @@ class BatchQuantNet(SimulatedNet):
             key = safe(tensor)
             if self.has_stream_quantizer(tensor):
                 own = shared.streams[key] if shared is not None else None
-                self.streams[key] = own or BatchQuantizer(MAX_BITS, place.signed, choice.estimator)
+                self.streams[key] = own or self._activation_quantizer(MAX_BITS, place.signed)
             if place.low:
                 self.lows[key] = self._low_quantizers(place.signed) if shared is None else shared.lows[key]
         if shared is None:
@@ -87,9 +88,16 @@ class BatchQuantNet(SimulatedNet):
                 for parameter in self.weights[safe(step.name)].parameters():
                     parameter.requires_grad_(False).fill_(fitted)
 
+    def _activation_quantizer(self, bits: int, signed: bool) -> ActivationQuantizer:
+        estimator, affine = self.choice.estimator, self.choice.affine
+        if estimator == "learned":
+            return ElasticActivationQuantizer(bits, signed)
+        if estimator == "running":
+            return RunningQuantizer(bits, signed, affine)
+        return BatchQuantizer(bits, signed, estimator, affine)
+
     def _low_quantizers(self, signed: bool) -> nn.ModuleDict:
-        choice = self.choice
-        return nn.ModuleDict({str(b): BatchQuantizer(b, signed, choice.estimator) for b in choice.activation_bits})
+        return nn.ModuleDict({str(b): self._activation_quantizer(b, signed) for b in self.choice.activation_bits})
 
     # ---- specs -------------------------------------------------------------------------------------------------
 
@@ -103,6 +111,10 @@ class BatchQuantNet(SimulatedNet):
         return self.choice.weight_bits
 
     @property
+    def only(self) -> SubnetSpec | None:
+        return self.choice.only
+
+    @property
     def learned_in(self) -> tuple[SubnetSpec, ...]:
         return ()
 
@@ -114,7 +126,8 @@ class BatchQuantNet(SimulatedNet):
         if self.supernet is None:
             return {}
         elastic = self.supernet.elastic
-        return {"depths": elastic.depths, "kernels": elastic.kernels, "expands": elastic.expands}
+        names = ("depths", "kernels", "expands", "resolutions", "widths")
+        return {name: getattr(elastic, name) for name in names}
 
     def block_of(self, step: Step) -> Reference | None:
         found = BLOCK.match(step.name) if self.supernet is not None else None
@@ -126,34 +139,43 @@ class BatchQuantNet(SimulatedNet):
         Activations have that width too, or the next one above it that they may have, or their greatest.
         """
         activations = next((b for b in self.choice.activation_bits if b >= width), self.choice.activation_bits[-1])
-        spec = self.uniform_blocks(self.supernet.elastic.largest if self.supernet else None, width, activations)
+        spec = self.uniform_of(self.supernet.elastic.greatest if self.supernet else None, width, activations)
         self.check_spec(spec)
         return spec
 
     def uniform_blocks(self, blocks: Blocks | None, weight_bits: int, activation_bits: int) -> SubnetSpec:
-        """The network of `blocks` (None where the architecture is fixed) with the same widths in all free layers."""
+        """`uniform_of` the network of `blocks` at the greatest resolution and base width."""
+        chosen = None if self.supernet is None or blocks is None else self.supernet.elastic.with_shape(blocks)
+        return self.uniform_of(chosen, weight_bits, activation_bits)
+
+    def uniform_of(self, architecture: Architecture | None, weight_bits: int, activation_bits: int) -> SubnetSpec:
+        """The network of `architecture` (None where it is fixed) with the same widths in all free layers."""
+        blocks = () if architecture is None else architecture.stages
         present = [
             layer.layer
             for layer in self.space.layers
-            if blocks is None or layer.block is None or layer.block[1] < len(blocks[layer.block[0]])
+            if not layer.block or layer.block[1] < len(blocks[layer.block[0]])
         ]
         rows = [
             LayerBits(name, *((MAX_BITS, MAX_BITS) if name in self.fixed else (weight_bits, activation_bits)))
             for name in present
         ]
-        return SubnetSpec(self.name, tuple(rows), None if blocks is None else architecture(blocks))
+        return SubnetSpec(self.name, tuple(rows), architecture)
+
+    def input_of(self, images: Tensor, spec: SubnetSpec) -> Tensor:
+        return images if spec.architecture is None else resized(images, spec.architecture.resolution)
 
     # ---- what a spec selects -----------------------------------------------------------------------------------
 
     def norm(self, step: Step, spec: SubnetSpec) -> nn.BatchNorm2d | None:
         return step.norm
 
-    def stream_quantizer(self, tensor: str, spec: SubnetSpec) -> BatchQuantizer | None:
-        return cast(BatchQuantizer, self.streams[safe(tensor)]) if safe(tensor) in self.streams else None
+    def stream_quantizer(self, tensor: str, spec: SubnetSpec) -> ActivationQuantizer | None:
+        return cast(ActivationQuantizer, self.streams[safe(tensor)]) if safe(tensor) in self.streams else None
 
-    def low_quantizer(self, tensor: str, spec: SubnetSpec) -> BatchQuantizer:
+    def low_quantizer(self, tensor: str, spec: SubnetSpec) -> ActivationQuantizer:
         own = cast(nn.ModuleDict, self.lows[safe(tensor)])
-        return cast(BatchQuantizer, own[str(self.low_width(tensor, spec))])
+        return cast(ActivationQuantizer, own[str(self.low_width(tensor, spec))])
 
     def weight(self, step: Step, spec: SubnetSpec) -> Tensor:
         weight, entry = cast("nn.Conv2d | nn.Linear", step.module).weight, spec[step.name]
@@ -178,11 +200,13 @@ class BatchQuantNet(SimulatedNet):
         fixed = self.fixed & {step.name for step in graph.layers}
         return BatchQuantNet(network, graph, self.name, self.choice, fixed, shared)
 
-    def _template(self, blocks: Blocks) -> BatchQuantNet:
-        """The subnet of `blocks` without memory, with this network's quantizers; the last ones asked for are kept."""
+    def _template(self, architecture: Architecture) -> BatchQuantNet:
+        """The subnet of `architecture` without memory, with this network's quantizers; the last ones used are kept."""
         assert self.supernet is not None
-        template = self._templates.pop(blocks, None) or self._smaller(self.supernet.template(blocks), self)
-        self._templates[blocks] = template
+        architecture = replace(architecture, resolution=None)  # all sizes of images have one
+        template = self._templates.pop(architecture, None)
+        template = template or self._smaller(self.supernet.template(architecture), self)
+        self._templates[architecture] = template
         if len(self._templates) > KEPT_TEMPLATES:
             del self._templates[next(iter(self._templates))]
         return template.train(self.training)
@@ -192,21 +216,25 @@ class BatchQuantNet(SimulatedNet):
         if self.supernet is None:
             return copy.deepcopy(self)
         assert spec.architecture is not None
-        return copy.deepcopy(self._smaller(self.supernet.copy_of(spec.architecture.stages), self))
+        return copy.deepcopy(self._smaller(self.supernet.copy_of(spec.architecture), self))
 
     def forward(self, x: Tensor, spec: SubnetSpec, trace: dict[str, Tensor] | None = None) -> Tensor:
-        """As SimulatedNet's; the gradients of a smaller architecture go into the slices of the supernet's tensors."""
+        """As SimulatedNet's; the gradients of a smaller architecture go into the slices of the supernet's tensors.
+
+        Images that have another size than `spec`'s are resized.
+        """
+        x = self.input_of(x, spec)
         if self.supernet is None or self._is_largest(spec):
             return super().forward(x, spec, trace)
         assert spec.architecture is not None
-        template = self._template(spec.architecture.stages)
+        template = self._template(spec.architecture)
         tensors = {f"network.{name}": tensor for name, tensor in self.supernet.slices(template.network).items()}
         return cast(Tensor, functional_call(template, tensors, (x, spec, trace)))
 
     def _is_largest(self, spec: SubnetSpec) -> bool:
         if self.supernet is None or spec.architecture is None:
             raise ModelError("the network is elastic: the spec needs an architecture")
-        return spec.architecture.stages == self.supernet.elastic.largest
+        return self.supernet.is_whole(spec.architecture)
 
     # ---- parameters --------------------------------------------------------------------------------------------
 
@@ -215,7 +243,7 @@ class BatchQuantNet(SimulatedNet):
         return [parameter for parameter in self.weights.parameters() if parameter.requires_grad]
 
     def residual_parameters(self) -> list[nn.Parameter]:
-        """Learned factors and offsets of activations."""
+        """Learned factors, or steps, and offsets of activations."""
         return [*self.streams.parameters(), *self.lows.parameters()]
 
     def network_parameters(self) -> list[nn.Parameter]:
@@ -226,7 +254,7 @@ class BatchQuantNet(SimulatedNet):
     def project(self) -> None:
         """Keep steps, factors and those of batch norm positive (runtimes refuse negative scales); fit 8-bit steps."""
         for module in self.modules():
-            if isinstance(module, ElasticWeightQuantizer | BatchQuantizer):
+            if isinstance(module, ElasticWeightQuantizer | ActivationQuantizer):
                 module.project()
             elif isinstance(module, WeightQuantizer):
                 module.step.clamp_(min=MIN_STEP)

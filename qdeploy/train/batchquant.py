@@ -17,52 +17,59 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from qdeploy.nets.elastic import Elastic, Supernet
+from qdeploy.nets.elastic import AtResolution, Elastic, Supernet
 from qdeploy.quant.calibrate import reestimate_float_norms
+from qdeploy.quant.parallel import average_gradients
 from qdeploy.quant.supernet import BatchQuantNet
 from qdeploy.recipe import BatchQuantization, Schedule
-from qdeploy.space import FLOAT_BITS, Block, LayerBits, SubnetSpec
+from qdeploy.space import FLOAT_BITS, Architecture, Block, LayerBits, SubnetSpec
 from qdeploy.train.eqnet import distance
 from qdeploy.train.full_precision import FullPrecision
 from qdeploy.train.groups import decay_groups
 
-Stages = tuple[tuple[Block, ...], ...]
 
-
-def random_blocks(elastic: Elastic, random: Random) -> Stages:
+def random_architecture(elastic: Elastic, random: Random) -> Architecture:
     """An architecture whose every choice is drawn uniformly."""
 
     def block() -> Block:
         return Block(random.choice(elastic.kernels), random.choice(elastic.expands))
 
-    return tuple(tuple(block() for _ in range(random.choice(depths))) for depths in elastic.depths)
+    stages = tuple(tuple(block() for _ in range(random.choice(depths))) for depths in elastic.depths)
+    shape = [random.choice(choices) if choices else None for choices in (elastic.resolutions, elastic.widths)]
+    return Architecture(stages, *shape)
 
 
 class ElasticFullPrecision(FullPrecision):
-    """Phase `float` of a supernet: the largest network learns from the labels, the others from it too."""
+    """Phase `float` of a supernet: the largest network learns from the labels, the others from it too.
+
+    Where one subnet is trained alone there are no others.
+    """
 
     def __init__(self, supernet: Supernet, schedule: Schedule, choice: BatchQuantization, seed: int) -> None:
         super().__init__(supernet, schedule)
         self.supernet, self.choice, self.seed = supernet, choice, seed
 
-    def architectures(self, step: int) -> list[Stages]:
-        """Blocks of a training step's networks, the largest first."""
+    def architectures(self, step: int) -> list[Architecture]:
+        """Architectures of a training step's networks, the largest first."""
         random, elastic = Random(f"{self.seed}:float:{step}"), self.supernet.elastic
-        drawn = [random_blocks(elastic, random) for _ in range(self.choice.random_subnets)]
-        return [elastic.largest, elastic.smallest, *drawn]
+        if elastic.only is not None:
+            return [elastic.only]
+        drawn = [random_architecture(elastic, random) for _ in range(self.choice.random_subnets)]
+        return [elastic.greatest, elastic.least, *drawn]
 
     def backward(self, images: Tensor, labels: Tensor, step: int) -> dict[str, float]:
         self.supernet.train()
         teacher: Tensor | None = None
         losses = []
-        for blocks in self.architectures(step):
-            output = self.supernet(images, blocks)
+        for architecture in self.architectures(step):
+            output = self.supernet(images, architecture)
             loss = F.cross_entropy(output, labels)
             (loss if teacher is None else loss + distance(output, teacher)).backward()
             teacher = output.detach() if teacher is None else teacher
             losses.append(float(loss.detach()))
+        average_gradients(self.supernet.parameters())
         nn.utils.clip_grad_norm_(self.supernet.parameters(), self.choice.gradient_norm)
-        return _named(losses)
+        return _named(losses, self.supernet.elastic.only is None)
 
 
 def full_precision_teacher(network: nn.Module, images: np.ndarray) -> nn.Module:
@@ -71,13 +78,16 @@ def full_precision_teacher(network: nn.Module, images: np.ndarray) -> nn.Module:
     `images`: training images uint8 [n, C, H, W].
     """
     if isinstance(network, Supernet):
-        network = network.network
+        network = AtResolution(network.network, network.elastic.greatest.resolution)
         reestimate_float_norms(network, images)
     return copy.deepcopy(network).eval().requires_grad_(False)
 
 
 class Sandwich:
-    """Phases `mixed` (`floating`: layers may be left in floating point) and `quantized`."""
+    """Phases `mixed` (`floating`: layers may be left in floating point) and `quantized`.
+
+    Where one subnet is trained alone, every step of both runs that subnet as it is.
+    """
 
     def __init__(self, net: BatchQuantNet, schedule: Schedule, teacher: nn.Module, seed: int, floating: bool) -> None:
         self.module, self.schedule, self.teacher, self.seed = net, schedule, teacher, seed
@@ -96,11 +106,13 @@ class Sandwich:
 
     def subnets(self, step: int) -> list[SubnetSpec]:
         """Specs of a training step: the largest and the smallest at one width each, and random ones."""
+        if self.net.only is not None:
+            return [self.net.only]
         random = Random(f"{self.seed}:{self.name}:{step}")
         elastic = self.net.supernet.elastic if self.net.supernet is not None else None
         found = []
-        for blocks in [elastic.largest, elastic.smallest] if elastic is not None else [None]:
-            found.append(self.net.uniform_blocks(blocks, *self._uniform(random)))
+        for architecture in [elastic.greatest, elastic.least] if elastic is not None else [None]:
+            found.append(self.net.uniform_of(architecture, *self._uniform(random)))
         for _ in range(self.choice.random_subnets):
             found.append(self._with_widths(self.net.space.sample(random), random))
         return found
@@ -137,8 +149,9 @@ class Sandwich:
             loss = F.cross_entropy(output, labels)
             (loss + distance(output, taught)).backward()
             losses.append(float(loss.detach()))
+        average_gradients(self.net.parameters())
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.choice.gradient_norm)
-        return _named(losses, self.net.supernet is not None) | {"gradient": float(norm)}
+        return _named(losses, self.net.supernet is not None and self.net.only is None) | {"gradient": float(norm)}
 
     def after_step(self) -> None:
         self.net.project()

@@ -56,7 +56,9 @@ class GroupProgressive:
         ]
 
     def subnets(self, step: int) -> dict[str, SubnetSpec]:
-        """The specs H, R and L of a training step; H alone where there is nothing to choose, which is LSQ."""
+        """The specs H, R and L of a training step; one alone where there is nothing to choose, which is LSQ."""
+        if self.net.only is not None:
+            return {"only": self.net.only}
         random = Random(f"{self.seed}:eqnet:{step}")
         choice = self.choice
 
@@ -89,11 +91,13 @@ class GroupProgressive:
             loss.backward()
             teacher = output.detach()
             losses[name] = float(loss.detach())
-        shape = self.regularization()
-        shape.backward()
+        if self.net.only is None:
+            shape = self.regularization()
+            shape.backward()
+            losses["weights"] = float(shape.detach())
         average_gradients(self.net.parameters())
         nn.utils.clip_grad_norm_(self.net.parameters(), MAX_GRADIENT_NORM)
-        return losses | {"weights": float(shape.detach())}
+        return losses
 
     def after_step(self) -> None:
         self.net.project()

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from qdeploy.data import Dataset
-from qdeploy.errors import ModelError
+from qdeploy.errors import DivergenceError, ModelError
 from qdeploy.quant.parallel import average_losses, part, rank, synchronized_norms
-from qdeploy.recipe import Recipe, Schedule
+from qdeploy.recipe import Recipe, Schedule, same_recipe
 from qdeploy.train.checkpoint import load_checkpoint, load_module, momentum_tensors, restore_momentum, save_checkpoint
 from qdeploy.train.images import batches
 from qdeploy.train.metrics import log_metrics
@@ -95,7 +95,7 @@ def run_phase(phase: Phase, recipe: Recipe, data: Dataset, run: Path, echo: Echo
     `data` holds at least one batch. A checkpoint is written every CHECKPOINT_SECONDS, at the end and on Ctrl-C, which
     is raised again.
     Several processes (torchrun) take a part of each batch; process 0 writes, the others read its checkpoints.
-    Raises ModelError when a loss stops being finite, DeviceError when the disk is full.
+    Raises DivergenceError when a loss stops being finite, DeviceError when the disk is full.
     """
     schedule = phase.schedule
     per_epoch = len(data.labels) // schedule.batch
@@ -110,17 +110,18 @@ def run_phase(phase: Phase, recipe: Recipe, data: Dataset, run: Path, echo: Echo
         with synchronized_norms(phase.module):
             while done < total:
                 epoch, first = divmod(done, per_epoch)
-                flip = recipe.data.augment == "flip-shift"
+                flip, steepest = recipe.data.augment == "flip-shift", 0.0
                 for images, labels in batches(data, schedule.batch, recipe.seed, epoch, first, flip):
                     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                         losses = train_step(phase, optimizer, part(images), part(labels), (done, total))
-                    done += 1
+                    done, steepest = done + 1, max(steepest, losses.get("gradient", 0.0))
                     progress.report(done, per_epoch, losses)
                     if time.monotonic() - saved > CHECKPOINT_SECONDS:
                         store(path, phase, recipe, optimizer, (done, total), data)
                         saved = time.monotonic()
                 if rank() == 0:
-                    log_metrics(run, phase.name, epoch + 1, losses, progress.rate(done))
+                    peak = {"greatest gradient": steepest} if "gradient" in losses else {}
+                    log_metrics(run, phase.name, epoch + 1, losses | peak, progress.rate(done))
     except KeyboardInterrupt:
         store(path, phase, recipe, optimizer, (done, total), data)
         echo(f"stopped in {phase.name} at step {done}/{total}: the same command resumes there")
@@ -138,7 +139,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     losses = average_losses(phase.backward(images.contiguous(memory_format=torch.channels_last), labels, steps[0]))
     if not all(math.isfinite(value) for value in losses.values()):
-        raise ModelError(f"the loss of {phase.name} is no longer finite ({losses}): lower the learning rate")
+        raise DivergenceError(f"the loss of {phase.name} is no longer finite ({losses}): lower the learning rate")
     optimizer.step()
     phase.after_step()
     return losses
@@ -160,7 +161,7 @@ def store(path: Path, phase: Phase, recipe: Recipe, optimizer: SGD, steps: tuple
 def resume(path: Path, phase: Phase, recipe: Recipe, optimizer: SGD, total: int) -> int:
     """Load a phase's checkpoint into it and return the number of steps done, of `total`."""
     state, tensors = load_checkpoint(path)
-    if state.get("recipe") != recipe.to_json() or state.get("phase") != phase.name:
+    if not same_recipe(state.get("recipe"), recipe) or state.get("phase") != phase.name:
         raise ModelError(f"{path} was made by another recipe: choose another output folder or restore that recipe")
     if state.get("total") != total:
         raise ModelError(f"{path} was made on other data: it counts {state.get('total')} steps, not {total}")

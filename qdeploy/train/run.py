@@ -6,7 +6,6 @@ every width on the test images). Each phase resumes from its checkpoint; a finis
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,8 @@ from qdeploy.quant.parallel import joined as joined
 from qdeploy.quant.parallel import rank as rank
 from qdeploy.quant.simulated import SimulatedNet
 from qdeploy.quant.supernet import BatchQuantNet
-from qdeploy.recipe import BatchQuantization, EQNetQuantization, Recipe, from_dict
-from qdeploy.space import SubnetSpec
+from qdeploy.recipe import BatchQuantization, EQNetQuantization, Recipe, Schedule, from_dict, same_recipe
+from qdeploy.space import Architecture, SubnetSpec
 from qdeploy.train.batchquant import ElasticFullPrecision, full_precision_teacher
 from qdeploy.train.batchquant import phases as batchquant_phases
 from qdeploy.train.checkpoint import load_checkpoint, load_module
@@ -82,21 +81,44 @@ def new_network(recipe: Recipe, channels: int, classes: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         if isinstance(quantization, BatchQuantization) and choice.name in SPACES:
-            transforms = quantization.kernels == "transform"
-            return build_supernet(choice.name, channels, classes, choice.width, choice.stem_stride, transforms)
+            only = quantization.only
+            return build_supernet(
+                choice.name,
+                channels,
+                classes,
+                choice.width,
+                choice.stem_stride,
+                quantization.kernels == "transform" and only is None,
+                resolutions=choice.resolutions,
+                widths=choice.widths,
+                only=None if only is None else only.architecture or Architecture(),
+            )
+        if choice.resolutions or choice.widths:
+            raise RecipeError(
+                f"network {choice.name} is not elastic: leave resolutions and widths out, or choose one of "
+                f"{', '.join(sorted(SPACES))}"
+            )
         return build(choice.name, channels, classes, choice.width, choice.stem_stride)
 
 
 def new_quantized(recipe: Recipe, network: nn.Module, image_shape: tuple[int, ...]) -> SimulatedNet:
-    """The quantized network of the recipe's method over a float backbone."""
+    """The quantized network of the recipe's method over a float backbone.
+
+    Raises RecipeError where the recipe's one subnet is not a subnet of it.
+    """
     choice, elastic = recipe.quantization, isinstance(network, Supernet)
     largest = network.network if isinstance(network, Supernet) else network
     graph = read_graph(largest, torch.zeros(1, *image_shape), scoped=elastic)
+    net: SimulatedNet
     if isinstance(choice, BatchQuantization):
-        return BatchQuantNet(network, graph, recipe.network.name, choice)
-    if isinstance(choice, EQNetQuantization):
-        return EQNet(network, graph, recipe.network.name, choice)
-    return QuantNet(network, graph, recipe.network.name, choice)
+        net = BatchQuantNet(network, graph, recipe.network.name, choice)
+    elif isinstance(choice, EQNetQuantization):
+        net = EQNet(network, graph, recipe.network.name, choice)
+    else:
+        net = QuantNet(network, graph, recipe.network.name, choice)
+    if net.only is not None:
+        net.check_spec(net.only)
+    return net
 
 
 def float_phase(recipe: Recipe, network: nn.Module) -> Phase:
@@ -133,18 +155,21 @@ def accuracy(net: SimulatedNet, spec: SubnetSpec, data: Dataset) -> float:
     return top1(lambda images: net(images, spec), data)
 
 
-def uniform_accuracy(net: SimulatedNet, width: int, data: Dataset, test: Dataset) -> float:
-    """Accuracy of one uniform width on `test`; statistics that specs share are first estimated for it on `data`."""
-    spec = net.uniform(width)
+def level_accuracy(net: SimulatedNet, spec: SubnetSpec, data: Dataset, test: Dataset) -> float:
+    """Accuracy of one of `levels` on `test`; statistics that specs share are first estimated for it on `data`."""
     return accuracy(net if net.learned_in else calibrated(net, spec, data.images), spec, test)
+
+
+def schedules(recipe: Recipe) -> list[Schedule]:
+    """Of all phases of a recipe, in order."""
+    mixed = recipe.quantization.mixed_phase if isinstance(recipe.quantization, BatchQuantization) else None
+    return [recipe.float_phase, *([] if mixed is None else [mixed]), recipe.quantized_phase]
 
 
 def check_parallel(recipe: Recipe) -> None:
     """Raise RecipeError where several processes cannot train as one would."""
-    count, choice = processes(), recipe.quantization
-    if count > 1 and isinstance(choice, BatchQuantization):
-        raise RecipeError("BatchQuant takes the extreme values of a whole batch: train it in one process")
-    for schedule in (recipe.float_phase, recipe.quantized_phase):
+    count = processes()
+    for schedule in schedules(recipe):
         if schedule.batch % count:
             raise RecipeError(f"a batch of {schedule.batch} cannot be divided among {count} processes: change either")
 
@@ -165,12 +190,16 @@ def _silent(text: str) -> None:
 def write_recipe(run: Path, recipe: Recipe) -> None:
     """Keep the recipe in the run; another recipe's run is refused."""
     path = run / "recipe.json"
-    content = canonical_json(recipe.to_json())
-    barrier()  # all have looked before process 0 writes
-    if path.exists() and read_bytes(path, "the run's recipe", ModelError) != content:
+    there = path.exists()
+    if there and not same_recipe(_stored_recipe(run), recipe):
         raise ModelError(f"{run} holds a run of another recipe: choose another output folder")
-    if rank() == 0:
-        write_atomic(path, content)
+    barrier()  # all have looked before process 0 writes
+    if rank() == 0 and not there:
+        write_atomic(path, canonical_json(recipe.to_json()))
+
+
+def _stored_recipe(run: Path) -> Any:
+    return parse_json(read_bytes(run / "recipe.json", "the run's recipe", ModelError), "recipe.json", ModelError)
 
 
 def train(
@@ -188,8 +217,7 @@ def train(
     data, test = training_set(recipe, data_dir), load(recipe.data.name, "test", data_dir)
     network = new_network(recipe, test.images.shape[1], test.classes)
     net = new_quantized(recipe, network, test.images.shape[1:])  # what cannot be quantized is refused before training
-    mixed = recipe.quantization.mixed_phase if isinstance(recipe.quantization, BatchQuantization) else None
-    for schedule in (s for s in (recipe.float_phase, mixed, recipe.quantized_phase) if s is not None):
+    for schedule in schedules(recipe):
         if len(data.labels) < schedule.batch:
             raise ModelError(f"{len(data.labels)} images make no batch of {schedule.batch}: lower the recipe's batch")
     if not net.learned_in and len(data.labels) < CALIBRATION_BATCH:
@@ -208,9 +236,10 @@ def train(
     net = new_quantized(recipe, network, test.images.shape[1:])
     for phase in quantized_phases(recipe, net, teacher):
         run_phase(phase, recipe, data, run, echo)
-    report["levels"] = {str(width): uniform_accuracy(net, width, data, test) for width in net.widths}
-    for width, value in report["levels"].items():
-        echo(f"{width} bits: {value:.2f}% on {len(test.labels)} test images (simulation)")
+    report["levels"] = {name: level_accuracy(net, spec, data, test) for name, spec in net.levels.items()}
+    for name, value in report["levels"].items():
+        what = f"{name} bits" if net.only is None else "the one subnet"
+        echo(f"{what}: {value:.2f}% on {len(test.labels)} test images (simulation)")
     if rank() == 0:
         write_atomic(run / "report.json", canonical_json(report))
     return report
@@ -221,15 +250,13 @@ def load_run(run: Path) -> tuple[Recipe, SimulatedNet]:
     run = Path(run)
     if not run.is_dir():
         raise ModelError(f"{run} is not a run folder: make one with `qdeploy train`")
-    recipe = from_dict(
-        parse_json(read_bytes(run / "recipe.json", "the run's recipe", ModelError), "recipe.json", ModelError)
-    )
+    recipe = from_dict(_stored_recipe(run))
     state, tensors = load_checkpoint(run / "quantized.checkpoint")
     if state.get("done") != state.get("total"):
         raise ModelError(
             f"{run} stopped at step {state.get('done')} of {state.get('total')}: run `qdeploy train` on it again"
         )
-    if json.loads(canonical_json(state["recipe"])) != recipe.to_json():
+    if not same_recipe(state["recipe"], recipe):
         raise ModelError(f"the checkpoint in {run} belongs to another recipe than its recipe.json")
     try:
         shape, classes = tuple(int(v) for v in state["images"]["shape"]), int(state["images"]["classes"])

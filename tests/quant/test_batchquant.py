@@ -7,7 +7,9 @@ from qdeploy import integer
 from qdeploy.errors import ModelError
 from qdeploy.quant.batchquant import (
     ESTIMATORS,
+    MOMENTUM,
     BatchQuantizer,
+    RunningQuantizer,
     channel_mean,
     extremes,
     quantize_batch,
@@ -168,3 +170,105 @@ def test_no_gradient_is_scaled_by_the_size_of_the_tensor() -> None:
     x = torch.full((1000,), 10.0)
     quantize_batch(x, step, torch.tensor(0.0), 3).sum().backward()
     assert step.grad is not None and float(step.grad) == 3000
+
+
+# ---- what the method is compared with ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_without_gamma_and_beta_step_and_zero_point_are_those_of_the_batch(bits: int, estimator: str) -> None:
+    x = batch()
+    quantizer = BatchQuantizer(bits, True, estimator, affine=False)
+    assert not list(quantizer.parameters())
+    low, high = (float(v) for v in (extremes if bits == 8 else ESTIMATORS[estimator])(x, True))
+    hi = 2**bits - 1
+    delta = (high - low) / hi
+    zero_point = np.clip(-np.rint(low / delta), 0, hi)
+    codes = np.clip(np.rint(x.numpy() / delta + zero_point), 0, hi)
+    wrong = np.abs(quantizer(x).numpy() - (codes - zero_point) * delta) > 1e-4
+    assert wrong.mean() < 1e-3  # ties
+    quantizer.project()
+    quantizer.reset_extremes()
+    quantizer(x)
+    frozen = quantizer.eval().frozen(clip=bits < 8)
+    expected = integer.dequantize(integer.quantize(x.numpy(), frozen), frozen)
+    np.testing.assert_array_equal(quantizer(x).numpy(), expected)
+
+
+def test_without_gamma_and_beta_gradients_reach_the_extremes() -> None:
+    """As with them, with factor 1: finite differences of the function with rounding errors held constant."""
+    x0, hi, small = batch(low=-9).double(), 3, 1e-7
+    weights = torch.randn(x0.shape, generator=torch.Generator().manual_seed(2)).double()
+    low0, high0 = channel_mean(x0, True)
+    zero, step0 = (-(low0 / ((high0 - low0) / hi)).round()).clamp(0, hi), (high0 - low0) / hi
+    error = (x0 / step0).round() - x0 / step0
+    below, above = x0 / step0 < -zero, x0 / step0 > hi - zero
+
+    def loss(x: Tensor) -> float:
+        low, high = channel_mean(x, True)
+        step = (high - low) / hi
+        return float(
+            (torch.where(below, -zero * step, torch.where(above, (hi - zero) * step, x + error * step)) * weights).sum()
+        )
+
+    x = x0.clone().requires_grad_()
+    (BatchQuantizer(2, True, "channel-mean", affine=False)(x) * weights).sum().backward()
+    assert x.grad is not None
+    least = int(x0[:, 2].argmin())
+    for place in (0, 11, int(np.ravel_multi_index((least // 25, 2, (least % 25) // 5, least % 5), x0.shape))):
+        shift = torch.zeros_like(x0).reshape(-1)
+        shift[place] = small
+        expected = (loss(x0 + shift.reshape(x0.shape)) - loss(x0 - shift.reshape(x0.shape))) / (2 * small)
+        assert float(x.grad.reshape(-1)[place]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+def test_running_averages_quantize_in_training_too(signed: bool, affine: bool) -> None:
+    quantizer = RunningQuantizer(3, signed, affine)
+    low = high = 0.0
+    for seed in range(5):
+        x = (seed + 1) * batch(seed) if signed else (seed + 1) * batch(seed, low=0.0)
+        found = [float(v) for v in extremes(x, signed)]
+        rate = MOMENTUM if seed else 1.0
+        low, high = low + rate * (min(found[0], 0) - low), high + rate * (max(found[1], 0) - high)
+        got = quantizer(x).detach().numpy()
+        delta = (high - low) / 7
+        zero_point = np.clip(-np.rint(low / delta), 0, 7)
+        expected = (np.clip(np.rint(x.numpy() / delta + zero_point), 0, 7) - zero_point) * delta
+        assert (np.abs(got - expected) > 1e-4).mean() < 1e-3  # ties
+    assert float(quantizer.low) == pytest.approx(low) and float(quantizer.high) == pytest.approx(high)
+
+
+def test_running_averages_take_no_gradient() -> None:
+    quantizer = RunningQuantizer(2, True)
+    x = batch(low=-9).requires_grad_()
+    quantizer(x).sum().backward()
+    assert x.grad is not None and quantizer.gamma.grad is not None
+    assert set(x.grad.unique().tolist()) == {0.0, 1.0}  # straight through alone
+
+
+def test_calibration_leaves_running_averages_to_training() -> None:
+    quantizer = RunningQuantizer(3, True)
+    quantizer(batch())
+    before = quantizer.low.clone(), quantizer.high.clone()
+    quantizer.eval()
+    quantizer.reset_extremes()
+    quantizer(100 * batch(1))
+    assert (quantizer.low, quantizer.high) == before
+    frozen = quantizer.frozen(clip=True)
+    x = batch(3)
+    expected = integer.dequantize(integer.quantize(x.numpy(), frozen), frozen)
+    np.testing.assert_array_equal(quantizer(x).detach().numpy(), expected)
+
+
+def test_a_tensor_that_training_never_saw_gets_its_averages_from_calibration() -> None:
+    quantizer = RunningQuantizer(3, True)
+    quantizer.eval()
+    with pytest.raises(ModelError, match="calibrate"):
+        quantizer(batch())
+    quantizer.reset_extremes()
+    quantizer(batch())
+    quantizer.eval()
+    assert (quantizer.low, quantizer.high) == extremes(batch(), True)

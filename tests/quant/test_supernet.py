@@ -4,13 +4,16 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from torch.nn import ModuleDict
 from torch.nn.parameter import Parameter
 
 from qdeploy.data import Dataset
 from qdeploy.errors import ModelError, RecipeError
 from qdeploy.nets import build, build_supernet
 from qdeploy.nets.elastic import sliced
+from qdeploy.quant.batchquant import BatchQuantizer, RunningQuantizer
 from qdeploy.quant.calibrate import calibrated
+from qdeploy.quant.eqnet import ElasticActivationQuantizer
 from qdeploy.quant.graph import read_graph
 from qdeploy.quant.grid import midpoint
 from qdeploy.quant.supernet import BatchQuantNet
@@ -18,10 +21,10 @@ from qdeploy.recipe import BatchQuantization
 from qdeploy.space import FLOAT_BITS, LayerBits, SubnetSpec
 
 
-def supernet(name: str = "mobilenetv3-tiny", **choice: object) -> BatchQuantNet:
+def supernet(name: str = "mobilenetv3-tiny", shape: dict[str, object] | None = None, **choice: object) -> BatchQuantNet:
     torch.manual_seed(0)
     quantization = BatchQuantization("batchquant", **choice)  # type: ignore[arg-type]
-    network = build_supernet(name, 1, 10, 8, 2, quantization.kernels == "transform")
+    network = build_supernet(name, 1, 10, 8, 2, quantization.kernels == "transform", **(shape or {}))  # type: ignore[arg-type]
     return BatchQuantNet(network, read_graph(network.network, scoped=True), name, quantization)
 
 
@@ -89,6 +92,15 @@ def test_vertical_codes_of_lower_widths_are_prefixes() -> None:
             truncated = ((codes[4].codes.astype(int) >> 5) << 5) + midpoint(2, 4)
             np.testing.assert_array_equal(codes[2].codes, truncated)
         assert codes[2].step == codes[4].step
+
+
+def test_transformed_kernels_start_as_the_centre() -> None:
+    cropped, transformed = supernet().train(), supernet(kernels="transform").train()
+    assert transformed.supernet is not None and transformed.supernet.transforms
+    x = torch.rand(8, 1, 28, 28)
+    for seed in range(3):
+        spec = spec_of(cropped, seed)
+        torch.testing.assert_close(transformed(x, spec), cropped(x, spec))
 
 
 def test_extraction_leaves_the_supernet_as_it_was(fashion_sample: Dataset) -> None:
@@ -183,3 +195,92 @@ def test_steps_of_eight_bit_layers_follow_the_greatest_weight(weights: str) -> N
             greatest = step.module.weight.detach().abs().max()  # type: ignore[union-attr, operator]
             torch.testing.assert_close(own[0].reshape(()), greatest / 127)
         assert any(own[0] is parameter for parameter in learned) == (step.name not in net.fixed)
+
+
+SHAPES: dict[str, object] = {"resolutions": (16, 20, 28), "widths": (4, 8)}
+
+
+@pytest.mark.parametrize("weights", ["lsq", "vertical"])
+def test_resolution_and_width_belong_to_a_subnet(weights: str, fashion_sample: Dataset) -> None:
+    net = supernet(shape=SHAPES, weights=weights)
+    assert net.space.size == 6 * supernet().space.size
+    assert {"resolution", "width"} <= {gene.name for gene in net.space.variables}
+    x = torch.from_numpy(fashion_sample.images[:32]).float() / 255
+    for seed in range(4):
+        spec = spec_of(net, seed)
+        assert spec.architecture is not None and spec.architecture.resolution is not None
+        own = net.subnet(spec).train()
+        torch.testing.assert_close(net.train()(x, spec), own(x, spec))
+        trace: dict[str, torch.Tensor] = {}
+        tuned = calibrated(net, spec, fashion_sample.images[:256])
+        tuned(x, spec, trace)
+        assert trace["image"].shape[2:] == (spec.architecture.resolution,) * 2
+        stem = tuned.graph.layers[0].module.weight  # type: ignore[union-attr]
+        assert stem.shape[0] == 8 and net.steps["stages.1.0.project.conv"].module.weight.shape[0] == 16  # type: ignore
+        for step in tuned.graph.layers:
+            whole, entry = net.steps[step.name], spec[step.name]
+            full = net.layer_codes(whole, spec)
+            codes = tuned.layer_codes(step, spec).codes
+            np.testing.assert_array_equal(codes, sliced(torch.from_numpy(full.codes), codes.shape).numpy())
+            assert entry.weight_bits == full.bits.bits
+
+
+def test_a_spec_of_another_shape_is_refused() -> None:
+    net = supernet(shape=SHAPES)
+    spec = net.uniform(3)
+    assert spec.architecture is not None
+    for change, text in (
+        ({"resolution": 24}, r"resolution is 24: choose from \[16, 20, 28\]"),
+        ({"width": None}, r"width is None: choose from \[4, 8\]"),
+    ):
+        with pytest.raises(RecipeError, match=text):
+            net.check_spec(replace(spec, architecture=replace(spec.architecture, **change)))
+    with pytest.raises(RecipeError, match="resolution is 28: this network has no such choice"):
+        supernet().check_spec(spec)
+    wide, narrow = (
+        replace(net.uniform(bits), architecture=replace(spec.architecture, resolution=r))
+        for bits, r in ((4, 28), (2, 16))
+    )
+    assert not narrow.nests_in(wide) and net.uniform(2).nests_in(net.uniform(4))  # one resolution, one graph
+
+
+@pytest.mark.parametrize(
+    ("choice", "kind"),
+    [
+        ({"estimator": "learned"}, ElasticActivationQuantizer),
+        ({"estimator": "running"}, RunningQuantizer),
+        ({"affine": False}, BatchQuantizer),
+    ],
+)
+def test_activation_quantizers_follow_the_recipe(choice: dict[str, object], kind: type) -> None:
+    net = supernet(**choice)
+    quantizers = [m for group in (net.streams, net.lows) for m in group.modules() if not isinstance(m, ModuleDict)]
+    assert quantizers and all(type(m) is kind for m in quantizers)
+    assert bool(net.residual_parameters()) == ("affine" not in choice)
+    if kind is ElasticActivationQuantizer:
+        names = {name.split(".")[-1] for name, _ in (*net.streams.named_parameters(), *net.lows.named_parameters())}
+        assert names == {"step", "offset"}
+        spec = net.uniform(2)
+        net.train()(torch.rand(8, 1, 28, 28), spec).square().sum().backward()
+        used = [p for name, p in net.lows.named_parameters() if ".2." in name and name.endswith("step")]
+        assert used and all(p.grad is not None and bool(torch.isfinite(p.grad)) for p in used)
+        with torch.no_grad():
+            for p in net.residual_parameters():
+                p.fill_(-100.0)
+        net.project()
+        assert all(float(p.detach()) >= 0 for p in net.residual_parameters())
+
+
+def test_the_space_of_one_subnet_alone() -> None:
+    spec = spec_of(supernet(shape=SHAPES), 5)
+    assert spec.architecture is not None
+    net = supernet(shape=SHAPES | {"only": spec.architecture}, only=spec)
+    assert net.space.size == 1 and net.space.sample(Random(0)) == spec and net.levels == {"only": spec}
+    assert type(net.space).from_json(net.space.to_json()) == net.space
+    net.check_spec(spec)
+    other = replace(spec, layers=(*spec.layers[:-1], replace(spec.layers[-1], weight_bits=4)))
+    with pytest.raises(RecipeError, match=r"weight_bits of head.linear is 4: choose from \[8\]"):
+        net.check_spec(other)
+    moved = replace(spec, architecture=replace(spec.architecture, resolution=None))
+    with pytest.raises(RecipeError, match="another architecture than the one subnet that was trained alone"):
+        net.check_spec(moved)

@@ -22,14 +22,19 @@ def tiny_recipe(images: int = 512, epochs: int = 2, **quantization: Any) -> Reci
     )
 
 
-def supernet_recipe(images: int = 256, stages: int = 2, **quantization: Any) -> Recipe:
-    """BatchQuant on the shipped sample, in one stage or two: two steps in each phase."""
+def supernet_recipe(
+    images: int = 256, stages: int = 2, shape: dict[str, Any] | None = None, **quantization: Any
+) -> Recipe:
+    """BatchQuant on the shipped sample, in one stage or two: two steps in each phase.
+
+    `shape`: the network's resolutions and widths.
+    """
     phase = {"epochs": 1, "weight_decay": 1e-4, "batch": 128}
     mixed: dict[str, Any] = {"mixed_phase": phase | {"learning_rate": 0.02}} if stages == 2 else {}  # noqa: PLR2004
     return from_dict(
         {
             "name": "supernet",
-            "network": {"name": "mobilenetv3-tiny", "width": 8, "stem_stride": 2},
+            "network": {"name": "mobilenetv3-tiny", "width": 8, "stem_stride": 2} | (shape or {}),
             "data": {"name": "fashion-mnist", "split": "sample", "train_images": images},
             "quantization": {"method": "batchquant", "random_subnets": 1} | mixed | quantization,
             "float_phase": phase | {"learning_rate": 0.05},
