@@ -28,7 +28,7 @@ from qdeploy.data import Dataset, load
 from qdeploy.errors import DeviceError
 from qdeploy.export import export_onnx
 from qdeploy.export.parity import stock_session
-from qdeploy.extract import calibration_set
+from qdeploy.extract import calibration_set, read_spec
 from qdeploy.files import canonical_json, check_free, write_atomic
 from qdeploy.frozen import save_frozen
 from qdeploy.inspect import describe
@@ -43,7 +43,7 @@ from qdeploy.target import load_target
 from qdeploy.train.run import load_run
 
 REPOSITORY = Path(__file__).parents[1]
-MODEL = REPOSITORY / "models" / "fashion-resnet8"
+MODEL = REPOSITORY / "models" / "fashion-mobilenetv3"
 TARGET = REPOSITORY / "targets" / "host.toml"
 PARITY_IMAGES = 1000
 PROFILE_REPEATS = 20
@@ -51,11 +51,16 @@ DEVICE_SECONDS = 120.0
 Echo = Callable[[str], None]
 
 
-def specs(net: Any) -> dict[str, SubnetSpec]:
-    """The demo's levels by name, each nested in the next: uniform ones and a mixed one below the highest."""
-    widths = net.choice.widths
-    levels = {f"w{width}": net.uniform(width) for width in widths}
-    low, high = (net.uniform(width) for width in widths[-2:])
+def specs(net: Any, base: SubnetSpec) -> dict[str, SubnetSpec]:
+    """The demo's levels by name, each nested in the next: uniform ones and a mixed one below the highest.
+
+    All have the architecture of `base`, which is the lowest of them.
+    """
+    assert base.architecture is not None
+    activations = max(entry.activation_bits for entry in base.layers)
+    widths = net.choice.weight_bits
+    levels = {f"w{width}": net.uniform_blocks(base.architecture.stages, width, activations) for width in widths}
+    low, high = (levels[f"w{width}"] for width in widths[-2:])
     budget = (level_bytes(net, low) + level_bytes(net, high)) // 2
     mixed = {"mixed": allocate(net, budget, low)}
     names = list(levels)
@@ -67,7 +72,7 @@ def write_levels(out: Path, echo: Echo) -> dict[str, dict[str, Any]]:
     recipe, net = load_run(MODEL)
     calibration = calibration_set(recipe, None).images
     sidecars = {}
-    for name, spec in specs(net).items():
+    for name, spec in specs(net, read_spec(MODEL / "base.json")).items():
         echo(f"level {name}: freezing spec {spec.id}, exporting, comparing codes with ONNX Runtime")
         frozen = extract(net, spec, recipe.name, calibration, None)
         save_frozen(frozen, out / "subnets" / name)
