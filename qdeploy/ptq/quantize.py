@@ -1,0 +1,285 @@
+"""The post-training pipeline: prepare, place, observe once; then build any choice of widths, or a ladder of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from qdeploy.errors import DataError, ModelError, RecipeError
+from qdeploy.ptq.fold import equalize
+from qdeploy.ptq.graph import FloatGraph, outputs_of
+from qdeploy.ptq.insert import input_widths, insert
+from qdeploy.ptq.layers import Layer, rows, unrows
+from qdeploy.ptq.observe import Observed, mean_output, observe
+from qdeploy.ptq.place import Placement, place
+from qdeploy.ptq.ranges import Grid as ActivationGrid
+from qdeploy.ptq.ranges import find_grid
+from qdeploy.ptq.rounding import least_squares, level_weights, refit_scale
+from qdeploy.ptq.settings import Choice, Settings
+from qdeploy.ptq.weights import Grid, Level, Quantized, fit_grid, ladder_levels, nearest
+from qdeploy.qdq import parse_model
+
+MIN_IMAGES = 2
+NESTINGS = ("joint", "truncate")
+JOINT_POWER = 0.25  # how errors of a ladder's levels are weighed (rounding.level_weights)
+BIAS_LIMIT = 1 << 30  # of an int32 bias: a weight scale is at least so large that its bias fits
+OUTPUT_METHOD = "minmax"  # of the network's output: the largest logit decides
+
+Widths = Mapping[str, int]
+Echo = Callable[[str], None]
+
+
+@dataclass
+class Calibrated:
+    """A float network ready to be built at any widths. `done` keeps weights that were rounded before."""
+
+    graph: FloatGraph
+    placement: Placement
+    observed: Observed
+    settings: Settings
+    images: np.ndarray
+    done: dict[tuple[str, tuple[int, ...], str, str, str], dict[int, Quantized]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that are quantized, in graph order."""
+        return [layer.name for layer in self.placement.layers]
+
+    def weight(self, layer: Layer) -> np.ndarray:
+        """A layer's float32 weight."""
+        return self.graph.arrays[layer.weight]
+
+    def sizes(self) -> dict[str, int]:
+        """Number of weights of each quantized layer."""
+        return {layer.name: int(self.weight(layer).size) for layer in self.placement.layers}
+
+
+def calibrate(graph: FloatGraph, images: np.ndarray, settings: Settings, echo: Echo | None = None) -> Calibrated:
+    """Observe a prepared network on `images`, float32 [n, ...] as it reads them, the batch axis first.
+
+    `graph` is changed when the settings equalize. Raises ModelError when nothing can be quantized, DataError for
+    images that do not fit.
+    """
+    say = echo or (lambda text: None)
+    check_images(images, graph.shape)
+    if settings.equalize:
+        say(f"equalized {equalize(graph)} pairs of layers")
+    placement = place(graph)
+    all_layers = [layer.name for layer in placement.layers]
+    if all_layers:
+        choices = settings.choices(all_layers)
+        placement = place(graph, frozenset(name for name in all_layers if not choices[name].quantize))
+    if not placement.layers:
+        reasons = "; ".join(dict.fromkeys(f"{op}: {why}" for op, _, why in placement.floats))
+        raise ModelError(f"nothing of the model can be quantized ({reasons or 'it has no layer with stored weights'})")
+    say(f"{len(placement.layers)} layers to quantize; observing {len(images)} images")
+    solving = settings.rounding == "least-squares"
+    seen = observe(graph, sorted(set(placement.owners.values())), placement.layers, images, solving)
+    return Calibrated(graph, placement, seen, settings, images)
+
+
+def check_images(images: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raise DataError unless `images` are enough float32 inputs [n, *shape[1:]], all finite."""
+    if images.shape[1:] != shape[1:]:
+        hint = ""
+        if len(shape) == 4 and images.ndim == 4 and images.shape[1:] == (*shape[2:], shape[1]):  # noqa: PLR2004
+            hint = ": they look like [n, H, W, C], add --layout nhwc"
+        raise DataError(f"images are {list(images.shape)}, the model reads [n, {', '.join(map(str, shape[1:]))}]{hint}")
+    if len(images) < MIN_IMAGES:
+        raise DataError(f"{len(images)} images are too few to calibrate on: give at least {MIN_IMAGES}, better 100")
+    if images.dtype != np.float32 or not np.isfinite(images).all():
+        raise DataError("the images hold NaN or infinity, or are not float32")
+
+
+# Building ------------------------------------------------------------------------------------------------------------
+
+
+def build(calibrated: Calibrated, widths: Widths | None = None) -> bytes:
+    """The QDQ ONNX file at `widths` {layer: weight bits}, by default those of the settings."""
+    choices = calibrated.settings.choices(calibrated.layers, widths)
+    weights = {
+        layer.name: _weights(calibrated, layer, (choices[layer.name].weight_bits,), choices[layer.name], "joint")
+        for layer in calibrated.placement.layers
+    }
+    tops = {name: found[choices[name].weight_bits] for name, found in weights.items()}
+    return insert(calibrated.graph, calibrated.placement, choices, activation_grids(calibrated, choices), tops)
+
+
+def layer_at(calibrated: Calibrated, layer: Layer, bits: int) -> Quantized:
+    """One layer's weights quantized to `bits`, its other choices those of the settings."""
+    choice = calibrated.settings.choices(calibrated.layers)[layer.name]
+    return _weights(calibrated, layer, (bits,), choice, "joint")[bits]
+
+
+def ladder_widths(calibrated: Calibrated, ladder: Sequence[int]) -> dict[int, dict[str, int]]:
+    """{level: {layer: weight bits}}. A rule's width bounds its layers' from above; with first_last "8" the first and
+    the last have 8 bits at every level. Raises RecipeError for widths that make no ladder.
+    """
+    check_ladder(ladder)
+    settings, layers = calibrated.settings, calibrated.layers
+    choices = replace(settings, weight_bits=max(ladder)).choices(layers)
+    edges = {layers[0], layers[-1]} if settings.first_last == "8" else set()
+    found = {}
+    for bits in ladder:
+        greatest = {name: choices[name].weight_bits for name in layers}
+        found[bits] = {name: top if name in edges else min(bits, top) for name, top in greatest.items()}
+    return found
+
+
+def build_ladder(
+    calibrated: Calibrated, ladder: Sequence[int], nesting: str = "joint", echo: Echo | None = None
+) -> dict[int, bytes]:
+    """{level: QDQ ONNX file} whose weight codes nest; graphs, activations and file lengths are the same.
+
+    `nesting` "joint" chooses each top code for all levels together, "truncate" for the top alone. Raises RecipeError
+    for widths that make no ladder, or asymmetric weights.
+    """
+    say = echo or (lambda text: None)
+    widths = ladder_widths(calibrated, ladder)
+    if nesting not in NESTINGS:
+        raise RecipeError(f"nesting {nesting!r} is unknown: choose from {', '.join(NESTINGS)}")
+    choices = replace(calibrated.settings, weight_bits=max(ladder)).choices(calibrated.layers)
+    if any(choice.symmetry != "symmetric" for choice in choices.values()):
+        raise RecipeError("levels nest around 0: a ladder takes symmetric weights")
+    levels: dict[int, dict[str, Quantized]] = {bits: {} for bits in ladder}
+    for layer in calibrated.placement.layers:
+        own = tuple(sorted({widths[bits][layer.name] for bits in ladder}))
+        found = _weights(calibrated, layer, own, choices[layer.name], nesting)
+        for bits in ladder:
+            levels[bits][layer.name] = found[widths[bits][layer.name]]
+        say(f"{layer.name}: {', '.join(map(str, own))} bits")
+    grids = activation_grids(calibrated, choices)
+    return {bits: insert(calibrated.graph, calibrated.placement, choices, grids, levels[bits]) for bits in ladder}
+
+
+def check_ladder(ladder: Sequence[int]) -> None:
+    """Raise RecipeError unless the widths ascend within 2 to 8 and are at least two."""
+    if len(ladder) < 2 or list(ladder) != sorted(set(ladder)) or ladder[0] < 2 or ladder[-1] > 8:  # noqa: PLR2004
+        given = ",".join(map(str, ladder))
+        raise RecipeError(
+            f"the ladder {given} is not at least two ascending widths from 2 to 8: write for instance 2,4,8"
+        )
+
+
+def activation_grids(calibrated: Calibrated, choices: Mapping[str, Choice]) -> dict[tuple[str, int], ActivationGrid]:
+    """The grid of every quantized activation at every width that it is read at."""
+    settings, owners = calibrated.settings, calibrated.placement.owners
+    found: dict[tuple[str, int], ActivationGrid] = {}
+    outputs = {owners.get(name, name) for name in calibrated.graph.output_names}
+    for name, widths in input_widths(calibrated.placement, choices, calibrated.graph).items():
+        owner = owners[name]
+        for bits in widths:
+            if (owner, bits) not in found:
+                method = OUTPUT_METHOD if owner in outputs else settings.calibration
+                found[owner, bits] = find_grid(
+                    calibrated.observed.samples[owner], bits, method, settings.percentile, settings.activation_symmetry
+                )
+    return found
+
+
+def _weights(
+    calibrated: Calibrated, layer: Layer, widths: tuple[int, ...], choice: Choice, nesting: str
+) -> dict[int, Quantized]:
+    """The layer's weights at each of `widths`, which nest; rounded once for the same arguments."""
+    key = (layer.name, widths, choice.granularity, choice.symmetry, nesting)
+    if key not in calibrated.done:
+        input_bits = choice.activation_bits
+        grid = find_grid(
+            calibrated.observed.samples[calibrated.placement.owners[layer.input]], input_bits,
+            calibrated.settings.calibration, calibrated.settings.percentile, calibrated.settings.activation_symmetry,
+        )  # fmt: skip
+        calibrated.done[key] = quantize_layer(calibrated, layer, widths, choice, nesting, float(grid.scale))
+    return calibrated.done[key]
+
+
+def quantize_layer(
+    calibrated: Calibrated, layer: Layer, widths: tuple[int, ...], choice: Choice, nesting: str, input_scale: float
+) -> dict[int, Quantized]:
+    """Grid, codes, scales and biases of one layer at each of `widths`."""
+    settings = calibrated.settings
+    if layer.op == "ConvTranspose" and layer.groups > 1:
+        choice = replace(choice, granularity="tensor")  # DequantizeLinear has no axis for channels of several groups
+    matrix = rows(layer, calibrated.weight(layer)).astype(np.float64)
+    moment = calibrated.observed.moments.get(layer.name)
+    bias = None if layer.bias is None else calibrated.graph.arrays[layer.bias].astype(np.float64)
+    solving = settings.rounding == "least-squares" and moment is not None
+    if solving and moment is not None:
+        second: np.ndarray = moment.second
+        diagonal = np.diagonal(second, axis1=1, axis2=2).astype(np.float64)
+    else:
+        diagonal = np.ones((1, matrix.shape[1]))
+        second = diagonal
+    importance = np.repeat(diagonal, len(matrix) // len(diagonal), 0)
+    levels = ladder_levels(widths)
+    fitted = levels if nesting == "joint" else levels[-1:]
+    counts = level_weights(fitted, JOINT_POWER)
+    grid = fit_grid(matrix, fitted, choice.granularity, choice.symmetry, importance, counts)
+    if bias is not None:
+        least = np.abs(bias).reshape(-1, 1) / BIAS_LIMIT / input_scale
+        grid = replace(grid, scale=np.maximum(grid.scale, least.max() if choice.granularity == "tensor" else least))
+    codes = least_squares(matrix, second, fitted, grid, counts) if solving else nearest(matrix, fitted, grid)
+    return {
+        level.bits: _at_level(calibrated, layer, matrix, level, grid, codes, second, choice, bias) for level in levels
+    }
+
+
+def _at_level(  # noqa: PLR0913, PLR0917
+    calibrated: Calibrated, layer: Layer, matrix: np.ndarray, level: Level, grid: Grid, codes: np.ndarray,
+    second: np.ndarray, choice: Choice, bias: np.ndarray | None,
+) -> Quantized:  # fmt: skip
+    """One level: its container codes, a scale of least error for them, a bias that removes the mean error."""
+    weight, settings, moment = (
+        calibrated.weight(layer),
+        calibrated.settings,
+        calibrated.observed.moments.get(layer.name),
+    )
+    container, scale, per_channel = level.codes(codes), grid.scale, choice.granularity == "channel"
+    if per_channel and settings.rounding == "least-squares":
+        fitted = refit_scale(matrix, container - grid.zero, second, scale)
+        scale = np.clip(fitted, scale / 2, scale * 2)  # far from the grid's it is noise
+    scales, zeros = scale.astype(np.float32)[:, 0], grid.zero.astype(np.int8)[:, 0]
+    kept = unrows(layer, container.astype(np.int8), weight.shape)
+    if not per_channel:
+        scales, zeros = np.asarray(scales.max()), np.asarray(zeros[0])
+    quantized = Quantized(kept, scales, zeros, None)
+    if bias is not None and moment is not None and settings.bias_correction:
+        bias = bias + mean_output(layer, weight, moment) - mean_output(layer, quantized.real(layer), moment)
+    return replace(quantized, bias=None if bias is None else bias.astype(np.float32))
+
+
+# Judging -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Against the float network on the same images: relative root-mean-square error of the first output; percent of
+    images with the same largest output; percent with the right one where labels are known.
+    """
+
+    error: float
+    agreement: float
+    accuracy: float | None
+
+    def line(self) -> str:
+        """For people."""
+        text = f"output error {self.error:.2%}, {self.agreement:.2f}% of images with the float network's class"
+        return text if self.accuracy is None else f"{text}, {self.accuracy:.2f}% right"
+
+
+def effect(calibrated: Calibrated, data: bytes, labels: np.ndarray | None = None) -> Effect:
+    """Run a built file on the calibration images; see also compare()."""
+    name = calibrated.graph.output_names[0]
+    return compare(
+        calibrated.observed.outputs, outputs_of(parse_model(data, "the model"), calibrated.images, name), labels
+    )
+
+
+def compare(expected: np.ndarray, found: np.ndarray, labels: np.ndarray | None = None) -> Effect:
+    """Outputs [n, ...] of two networks on the same images."""
+    size = float(np.sqrt(np.mean(expected.astype(np.float64) ** 2))) or 1.0
+    error = float(np.sqrt(np.mean((expected.astype(np.float64) - found) ** 2))) / size
+    classes = [outputs.reshape(len(outputs), -1).argmax(1) for outputs in (expected, found)]
+    accuracy = None if labels is None else float(np.mean(classes[1] == labels) * 100)
+    return Effect(error, float(np.mean(classes[0] == classes[1]) * 100), accuracy)
