@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -11,12 +12,12 @@ from typing import Any
 from qdeploy.errors import RecipeError
 from qdeploy.files import read_bytes
 
-KINDS = ("llvm",)
-ARCHS = ("x86_64",)
+KINDS = ("llvm", "cuda")
+ARCHS = ("x86_64", "aarch64")
 HOST = "host"  # a `cpu` that stands for the machine that compiles; the artifact records which one it was
 
 # LLVM's name of an instruction set -> its flag in /proc/cpuinfo. Only sets that a compiler may use unasked.
-CPUINFO_FLAGS = {
+X86_FLAGS = {
     "adx": "adx", "aes": "aes", "amx-int8": "amx_int8", "amx-tile": "amx_tile", "avx": "avx",
     "avx2": "avx2", "avx512bf16": "avx512_bf16",
     "avx512bitalg": "avx512_bitalg", "avx512bw": "avx512bw", "avx512cd": "avx512cd", "avx512dq": "avx512dq",
@@ -28,6 +29,19 @@ CPUINFO_FLAGS = {
     "sse2": "sse2", "sse3": "pni", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "sse4a": "sse4a", "ssse3": "ssse3",
     "tbm": "tbm", "vaes": "vaes", "vpclmulqdq": "vpclmulqdq", "xop": "xop",
 }  # fmt: skip
+
+# The same for aarch64: the flag and its bit, of getauxval(AT_HWCAP), or from 32 on of getauxval(AT_HWCAP2) less 32
+# (Linux, arch/arm64/include/uapi/asm/hwcap.h).
+HWCAP2 = 32
+ARM_FLAGS = {
+    "aes": ("aes", 3), "bf16": ("bf16", HWCAP2 + 14), "complxnum": ("fcma", 14), "crc": ("crc32", 7),
+    "dotprod": ("asimddp", 20), "flagm": ("flagm", 27), "fp-armv8": ("fp", 0), "fp16fml": ("asimdfhm", 23),
+    "fullfp16": ("asimdhp", 10), "i8mm": ("i8mm", HWCAP2 + 13), "jsconv": ("jscvt", 13), "lse": ("atomics", 8),
+    "neon": ("asimd", 1), "rcpc": ("lrcpc", 15), "rcpc-immo": ("ilrcpc", 26), "rdm": ("asimdrdm", 12),
+    "sha2": ("sha2", 6), "sha3": ("sha3", 17), "sm4": ("sm4", 19), "sve": ("sve", 22), "sve2": ("sve2", HWCAP2 + 1),
+}  # fmt: skip
+CPUINFO_FLAGS = X86_FLAGS | {name: flag for name, (flag, _) in ARM_FLAGS.items()}
+FEATURES = {"x86_64": frozenset(X86_FLAGS), "aarch64": frozenset(ARM_FLAGS)}  # of each arch, that loading can check
 
 SHIPPED = Path(__file__).parents[1] / "targets"
 AUTO = ("x86-64-amx", "x86-64-avx512", "x86-64-avxvnni", "x86-64")  # shipped targets, best first
@@ -41,6 +55,7 @@ class Target:
 
     `cpu` is LLVM's name of the processor or "host"; `features` adds (`avx512vnni`) or removes (`-avx512f`) instruction
     sets. The names of both are checked against LLVM's own lists by qdeploy.compile: LLVM only warns and falls back.
+    With kind "cuda" these are the host's processor, and `gpu` is the architecture of the GPU beside it ("sm_87").
     """
 
     name: str
@@ -49,6 +64,7 @@ class Target:
     cpu: str
     features: tuple[str, ...] = ()
     description: str = ""
+    gpu: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -57,6 +73,8 @@ class Target:
             raise RecipeError(f"target {self.name}: arch {self.arch!r} is unknown: choose one of {', '.join(ARCHS)}")
         if not self.name or not self.cpu:
             raise RecipeError("a target needs a name and a cpu")
+        if (self.kind == "cuda") != bool(self.gpu):
+            raise RecipeError(f'target {self.name}: kind "cuda" goes with gpu, as in gpu = "sm_75", and no other does')
 
 
 def parse_target(data: bytes, what: str = "the target file") -> Target:
@@ -126,3 +144,59 @@ def request_tiles() -> bool:
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return int(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)) == 0
+
+
+# The GPU of this machine --------------------------------------------------------------------------------------------
+
+MAJOR, MINOR, PROCESSORS = 75, 76, 16  # CU_DEVICE_ATTRIBUTE_*
+ORIN = 87
+
+
+@dataclass(frozen=True)
+class LocalGpu:
+    """Its name, architecture ("sm_90"), number of processors and the CUDA release of the driver ("13.0")."""
+
+    name: str
+    arch: str
+    processors: int
+    driver: str
+
+
+def local_gpu() -> LocalGpu | str:
+    """The first GPU of this machine, or why there is none."""
+    import ctypes
+
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "there is no NVIDIA driver (libcuda.so.1)"
+    count, device, version = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return "the NVIDIA driver finds no GPU"
+    name, values = ctypes.create_string_buffer(256), {key: ctypes.c_int() for key in (MAJOR, MINOR, PROCESSORS)}
+    failed = cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDriverGetVersion(ctypes.byref(version))
+    failed = failed or cuda.cuDeviceGetName(name, len(name), device)
+    for key, value in values.items():
+        failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(value), key, device)
+    if failed:
+        return f"the NVIDIA driver does not describe the GPU (CUDA error {failed})"
+    arch = f"sm_{values[MAJOR].value}{values[MINOR].value}"
+    release = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return LocalGpu(name.value.decode(errors="replace"), arch, values[PROCESSORS].value, release)
+
+
+def gpu_problem(arch: str) -> str | None:
+    """Why this machine's GPU cannot run machine code for `arch`; None when it can.
+
+    Code runs on the same major and the same or a later minor version; that of Jetson Orin (sm_87) is a kind of its own
+    (CUDA C++ programming guide, binary compatibility).
+    """
+    found = local_gpu()
+    if isinstance(found, str):
+        return found
+    if not re.fullmatch("sm_[1-9][0-9]+", arch):
+        return f"it is for {arch}, this machine has {found.name} ({found.arch})"
+    ours, theirs = (int(name.removeprefix("sm_")) for name in (found.arch, arch))
+    if ours // 10 != theirs // 10 or ours < theirs or (ours == ORIN) != (theirs == ORIN):
+        return f"{found.name} is {found.arch}, not {arch}"
+    return None

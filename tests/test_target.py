@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qdeploy.errors import RecipeError
-from qdeploy.target import CPUINFO_FLAGS, load_target, machine_flags, missing_features, parse_target
+from qdeploy.target import (
+    ARM_FLAGS,
+    CPUINFO_FLAGS,
+    HWCAP2,
+    load_target,
+    machine_flags,
+    missing_features,
+    parse_target,
+)
 
 TARGETS = Path(__file__).parents[1] / "targets"
 GOOD = 'name = "a"\narch = "x86_64"\nkind = "llvm"\ncpu = "haswell"\n'
@@ -16,6 +24,7 @@ GOOD = 'name = "a"\narch = "x86_64"\nkind = "llvm"\ncpu = "haswell"\n'
 def test_shipped_targets_are_named_after_their_files() -> None:
     paths = sorted(TARGETS.glob("*.toml"))
     assert {p.stem for p in paths} >= {"host", "x86-64", "x86-64-amx", "x86-64-avx512"}
+    assert {p.stem for p in paths} >= {"raspberry-pi-4", "raspberry-pi-5", "aarch64", "neoverse-v1"}
     for path in paths:
         assert load_target(path).name == path.stem
 
@@ -28,7 +37,7 @@ def test_shipped_targets_are_named_after_their_files() -> None:
         (GOOD.replace('"haswell"', "3"), "cpu is a string, not 3"),
         (GOOD + "features = 'avx2'\n", "features is a list of strings"),
         (GOOD + "features = ['']\n", "features is a list of strings"),
-        (GOOD.replace("llvm", "cuda"), "kind 'cuda' is unknown: choose one of llvm"),
+        (GOOD.replace("llvm", "vulkan"), "kind 'vulkan' is unknown: choose one of llvm"),
         (GOOD.replace("x86_64", "z80"), "arch 'z80' is unknown"),
         ('name = "a"\n', "key 'arch' is missing"),
         (GOOD.replace("haswell", ""), "a name and a cpu"),
@@ -48,6 +57,17 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
 def test_any_bytes_parse_or_raise(data: bytes) -> None:
     with pytest.raises(RecipeError):
         parse_target(data)
+
+
+def test_arm_features_have_flags_and_bits_of_their_own() -> None:
+    """Those of Linux's hwcap.h: a Cortex-A76 as its kernel describes it, and one that hides dot products."""
+    assert ARM_FLAGS["dotprod"] == ("asimddp", 20) and ARM_FLAGS["i8mm"] == ("i8mm", HWCAP2 + 13)
+    for place in (0, 1):
+        assert len({row[place] for row in ARM_FLAGS.values()}) == len(ARM_FLAGS)
+    flags = "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
+    needed = "aes crc dotprod fp-armv8 fullfp16 lse neon rcpc rdm sha2"
+    assert missing_features(needed.split(), flags.split()) == []
+    assert missing_features(needed.split(), flags.split()[:-1]) == ["dotprod"]
 
 
 def test_missing_features() -> None:

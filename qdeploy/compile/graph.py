@@ -113,9 +113,9 @@ class Weights:
                      with zero points inserted between its pixels. Scales and zero points are one, or one for each of O.
 
     A float32 weight is quantized by `prepare` to int8 (`signed`) or uint8, a float32 bias (no scale) to s_x * s_w.
-    Codes are cut to [clip_min, clip_max] where the file has a Clip behind them that may change them. `narrow` says that
-    the codes of the file are at most 64 in absolute value, so that sums of two products fit 16 bits; `few`, that there
-    are at most 16 different ones, so that 4 bits can tell them apart.
+    Codes are cut to [clip_min, clip_max] where the file has a Clip behind them that may change them. `reach` is the
+    greatest absolute value of the codes of the file (128 where they are not int8); `few` says that there are at most 16
+    different ones, so that 4 bits can tell them apart.
     """
 
     weight: str
@@ -129,7 +129,7 @@ class Weights:
     order: str = "conv"
     clip_min: str | None = None
     clip_max: str | None = None
-    narrow: bool = False
+    reach: int = 128
     real: bool = False  # float32 in the file
     few: bool = False
 

@@ -13,7 +13,7 @@ import pytest
 import tvm
 from tvm import tirx
 
-from qdeploy.compile.codegen import ENTRY_PHASES, PHASES, Phase, link, linker, write_object
+from qdeploy.compile.codegen import ENTRY_PHASES, PHASES, Phase, arch_of, link, linker, write_object
 from qdeploy.compile.kernels.emit import on_pointers
 from qdeploy.compile.llvm import Resolved, resolve
 from qdeploy.target import Target, missing_features, request_tiles
@@ -65,7 +65,7 @@ def library_of(functions: Mapping[str, tirx.PrimFunc], phases: Sequence[Phase], 
     with tempfile.TemporaryDirectory() as folder:
         path, library = Path(folder) / "kernels.o", Path(folder) / "lib.so"
         write_object(functions, phases, target, path, None)
-        link(linker(), [path], "00", library)
+        link(linker(arch_of(target)), [path], "00", library)
         return load(library)
 
 

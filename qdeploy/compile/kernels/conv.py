@@ -18,7 +18,7 @@ from functools import partial
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from qdeploy.compile.kernels import depthwise, tiles
+from qdeploy.compile.kernels import arm_tiles, depthwise, tiles
 from qdeploy.compile.kernels.correct import SUMS, centred, correct, window_sum
 from qdeploy.compile.kernels.dots import (
     GROUP,
@@ -34,6 +34,7 @@ from qdeploy.compile.kernels.emit import Buffer, Expr, cast, const, load, local,
 from qdeploy.compile.kernels.layout import fill_border
 from qdeploy.compile.kernels.requantize import Operands, Piece, finish, limits
 from qdeploy.compile.kernels.spec import TABLE_BYTES, Choice, ConvSpec
+from qdeploy.compile.llvm import Dot
 
 UNPACKED = 1 << 18  # packed weights that are unpacked at once where several tiles multiply them: bytes of stack
 
@@ -41,9 +42,12 @@ UNPACKED = 1 << 18  # packed weights that are unpacked at once where several til
 def cycles(spec: ConvSpec, pixels: int, blocks: int) -> float:
     """Time of one register tile on a processor with two units that multiply, three that add, and two loads a cycle.
 
-    Loads cost beside the arithmetic, as measured; 5 cycles a quad is what a chain of vpdpbusd waits at least.
+    Loads cost beside the arithmetic, as measured; 5 cycles a quad is what a chain of vpdpbusd waits at least. Those of
+    ARM are an estimate (arm_tiles.cycles).
     """
     dot, count = spec.multiply, pixels * blocks
+    if dot.neon:
+        return arm_tiles.cycles(spec, pixels, blocks)
     arithmetic = {
         "vpdpbusd": max(count / 2, 5),
         "pmaddubsw": count,  # two multiplies and an addition
@@ -54,19 +58,25 @@ def cycles(spec: ConvSpec, pixels: int, blocks: int) -> float:
     return spec.segments * (spec.quads * quad + 4) + 2.5 * count + 10
 
 
+def free_registers(dot: Dot) -> int:
+    """Of a register tile, for sums, inputs and weights: the rest holds products that are added apart, and the like."""
+    taken = {"vpdpbusd": 1, "pmaddwd": 2, "pmaddubsw": 3, "sdot": 5, "usdot": 5, "usmmla": 2, "smull": 12, "smlal": 12}
+    return dot.registers - taken[dot.instruction]
+
+
 def register_tiles(spec: ConvSpec) -> list[tuple[int, int]]:
     """(pixels, blocks) of all register tiles of a dense kernel, those that take least time first.
 
-    Beside the sums, registers hold the inputs or the weights of a quad (what there is less of) and one of the others;
-    a product where it is added apart, and the ones of pmaddubsw. Remainders are code of their own: they have to be
-    worth it.
+    Beside the sums, registers hold the inputs or the weights of a quad (what there is less of; on ARM the inputs) and
+    one of the others. Remainders are code of their own: they have to be worth it.
     """
     dot, (_, pixels) = spec.multiply, spec.lines
-    free = dot.registers - {"vpdpbusd": 1, "pmaddwd": 2, "pmaddubsw": 3}[dot.instruction]
+    free, most = free_registers(dot), 4 if pixels > 1 else 6  # more blocks store too short runs
     found = []
-    for blocks in range(1, min(spec.blocks, 4 if pixels > 1 else 6) + 1):  # more blocks store too short runs
+    for blocks in range(1, min(spec.blocks, 2 * most if dot.neon else most) + 1):
         for size in range(1, min(pixels, free) + 1):
-            if size * blocks + min(size, blocks) > free:
+            sums = (size + size % 2 if dot.instruction == "usmmla" else size) * blocks
+            if sums + (size if dot.neon else min(size, blocks)) > free:
                 break
             runs = [(size, pixels // size), (pixels % size, 1)]
             columns = [(blocks, spec.blocks // blocks), (spec.blocks % blocks, 1)]
@@ -114,7 +124,7 @@ def conv_kernel(name: str, spec: ConvSpec) -> tirx.PrimFunc:
     def body(x: Buffer, w: Buffer, integers: Buffer, scale: Buffer, *rest: Buffer) -> None:
         quant, given, y = rest[0], rest[1:-1], rest[-1]
         fill_border(y, spec.y, rest[-2])
-        operands = Operands(x, w, integers, scale, y, limits(quant))
+        operands = Operands(x, w, integers, scale, y, limits(quant, spec.dot))
         if spec.then is not None:
             operands = operands.fused(spec.then, spec.dot, spec.y, quant, given)
         write[spec.family](spec, operands)
@@ -212,6 +222,9 @@ def multiply(
     Of a quad's inputs and weights, those that are fewer stay in registers.
     """
     dot, (pixels, blocks) = spec.multiply, shape
+    if dot.neon:
+        arm_tiles.multiply(spec, acc, shape, block, x_at, x, (w.buffer, w.first, w.packed))
+        return
     step, vector = spec.window.stride[1] * spec.x.channels, GROUP * dot.lanes
 
     def products(start: Expr, part: int, weights: Callable[[int], Expr]) -> None:

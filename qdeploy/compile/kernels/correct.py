@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from tvm.tirx.script import builder as T
 
+from qdeploy.compile.kernels import neon
 from qdeploy.compile.kernels.dots import GROUP, call
 from qdeploy.compile.kernels.emit import Buffer, Expr, cast, const, load, local, loop, splat, splat_const, store
 from qdeploy.compile.kernels.requantize import Operands, bounded, cuts
@@ -26,20 +27,25 @@ def centred(spec: ConvSpec, o: Operands) -> Expr:
 
 
 def window_sum(spec: ConvSpec, x: Buffer, start: Expr) -> Expr:
-    """int32 sum of the codes of the window that begins at `start`."""
-    size = GROUP * spec.dot.lanes
-    lanes, zeros = size // BYTE_SUM, splat_const(0, "uint8", size)
+    """int32 sum of the codes of the window that begins at `start`, as the target multiplies them (Dot.offset)."""
+    dot, size = spec.multiply, GROUP * spec.dot.lanes
+    lanes, dtype = (dot.lanes, "int32") if dot.neon else (size // BYTE_SUM, "int64")
+    zeros = splat_const(0, "uint8", size)
     whole, rest = divmod(spec.taps * spec.inputs, size)
-    acc = local(lanes, "int64")
-    store(acc, splat_const(0, "int64", lanes), 0, lanes)
+    acc = local(lanes, dtype)
+    store(acc, splat_const(0, dtype, lanes), 0, lanes)
 
     def add(at: Expr, count: int) -> None:
         codes = load(x, at, size)
         if count < size:
             inside = T.Ramp(const(0, "int8"), const(1, "int8"), size) < splat_const(count, "int8", size)
             codes = T.Select(inside, codes, zeros)
-        sums = call("int64", lanes, DIFFERENCES[spec.dot.lanes], codes, zeros)
-        store(acc, load(acc, 0, lanes) + sums, 0, lanes)
+        before = load(acc, 0, lanes)
+        if dot.neon:
+            store(acc, neon.code_sums(before, codes), 0, lanes)
+        else:
+            sums = call("int64", lanes, DIFFERENCES[spec.dot.lanes], codes, zeros)
+            store(acc, before + sums, 0, lanes)
 
     def segment(s: Expr) -> None:
         at = start + spec.segment_offset(s)
@@ -48,8 +54,8 @@ def window_sum(spec: ConvSpec, x: Buffer, start: Expr) -> Expr:
             add(at + whole * size, rest)
 
     loop(spec.segments, segment)
-    total = T.call_llvm_pure_intrin("int64", "llvm.vector.reduce.add", load(acc, 0, lanes))
-    return T.Bind(cast("int32", total, 1))
+    total = T.call_llvm_pure_intrin(dtype, "llvm.vector.reduce.add", load(acc, 0, lanes))
+    return T.Bind(cast("int32", total, 1) - dot.offset * spec.depth)
 
 
 def correct(

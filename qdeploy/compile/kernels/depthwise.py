@@ -14,18 +14,22 @@ from dataclasses import dataclass, replace
 
 from tvm.tirx.script import builder as T
 
+from qdeploy.compile.kernels import neon
 from qdeploy.compile.kernels.dots import GROUP, dot_step
 from qdeploy.compile.kernels.emit import Buffer, Expr, cast, const, load, local, loop, splat, spread, store, typed
 from qdeploy.compile.kernels.requantize import VECTORS, Operands, Piece, bounded, cuts, finish, finish_strip
 from qdeploy.compile.kernels.spec import ConvSpec
+from qdeploy.compile.llvm import Dot
 
 UNROLLED = 25  # taps of a kernel that are written out
+PIXELS = 8  # neighbours that are computed at once, with a vector of sums each
 
 
 def plain(spec: ConvSpec, o: Operands) -> None:
     """One multiply a tap and channel, `lanes` channels at once; weights are packed [block][tap][lane]."""
-    lanes, width = spec.dot.lanes, spec.y.width
-    pixels = -(-width // -(-width // 8))
+    lanes, width = spec.lanes, spec.y.width
+    most = PIXELS * spec.dot.lanes // lanes * (2 if spec.dot.neon else 1)
+    pixels = -(-width // -(-width // most))
     whole = spec.blocks - (spec.tail < lanes)
 
     def block(b: Expr, valid: int) -> None:
@@ -46,7 +50,7 @@ def plain(spec: ConvSpec, o: Operands) -> None:
 
 def plain_tile(spec: ConvSpec, pixels: int, block: Expr, valid: int, at: tuple[Expr, Expr], o: Operands) -> None:
     """`pixels` neighbours of one row, one vector of channels; `at`: offsets of the first window and pixel."""
-    lanes = spec.dot.lanes
+    lanes, n = spec.lanes, spec.dot.lanes
     first, step = block * lanes, spec.window.stride[1] * spec.x.channels
     acc = [local(lanes, "int32") for _ in range(pixels)]
     bias = T.Bind(load(o.integers, first, lanes))
@@ -60,8 +64,10 @@ def plain_tile(spec: ConvSpec, pixels: int, block: Expr, valid: int, at: tuple[E
         weight = T.Bind(cast("int32", narrow, lanes))
         start = at[0] + first + spec.segment_offset(t)
         for m in range(pixels):
-            codes = cast("int32", load(o.x, start + m * step, lanes), lanes)
-            store(acc[m], load(acc[m], 0, lanes) + codes * weight, 0, lanes)
+            codes = load(o.x, start + m * step, lanes)
+            if spec.multiply.offset:
+                codes = neon.signed(spec.multiply, codes)
+            store(acc[m], load(acc[m], 0, lanes) + cast("int32", codes, lanes) * weight, 0, lanes)
 
     if spec.segments <= UNROLLED:
         for t in range(spec.segments):
@@ -73,8 +79,13 @@ def plain_tile(spec: ConvSpec, pixels: int, block: Expr, valid: int, at: tuple[E
         limit = cuts(scale, lanes)
         for part in acc:
             store(part, bounded(load(part, 0, lanes), limit, lanes), 0, lanes)
-    pieces = [Piece(load(acc[m], 0, lanes), scale, valid, at[1] + first, m * spec.y.channels) for m in range(pixels)]
-    finish(pieces, o, lanes)
+    pieces = []
+    for m in range(pixels):
+        for v in range(0, valid, n):  # the vectors of a block
+            scales = scale if n == lanes else T.Bind(load(o.scale, first + v, n))
+            total, offset = load(acc[m], v, n), m * spec.y.channels + v
+            pieces.append(Piece(total, scales, min(n, valid - v), at[1] + first, offset))
+    finish(pieces, o, n)
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ def slide(spec: ConvSpec, strip: Strip, h: Expr, o: Operands) -> None:
             store(part, load(o.integers, strip.start + moved + v * n, n), 0, n)
 
     def codes_of(found: list[Use], x_at: Expr) -> list[list[Expr]]:
-        return [interleaved(o.x, [x_at + offset for offset in offsets], n) for offsets, _ in found]
+        return [interleaved(dot, o.x, [x_at + offset for offset in offsets]) for offsets, _ in found]
 
     def multiply(found: list[Use], codes: list[list[Expr]], r: int, pixel: int, moved: Expr) -> None:
         for vectors, (_, users) in zip(codes, found, strict=True):
@@ -175,7 +186,7 @@ def centred(spec: ConvSpec, strip: Strip, h: Expr, o: Operands) -> None:
         for k, taps in enumerate(spec.strip_taps[: spec.strip_dots // spec.rows_together]):
             inside = next(tap for tap in taps if tap is not None)
             used = [inside if tap is None else tap for tap in taps]
-            codes = interleaved(o.x, [x_at + tap // kw * down + tap % kw * right for tap in used], n)
+            codes = interleaved(dot, o.x, [x_at + tap // kw * down + tap % kw * right for tap in used])
             counted = sum(1 << 8 * i for i, tap in enumerate(taps) if tap is not None)
             ones = T.reinterpret(typed("int8", GROUP * n), splat(const(counted), n))
             for v in range(VECTORS):
@@ -219,8 +230,9 @@ def uses(spec: ConvSpec, first: int, end: int) -> list[Use]:
     return found
 
 
-def interleaved(x: Buffer, at: list[Expr], n: int) -> list[Expr]:
-    """Codes of 4 * n channels from 4 places -> 4 vectors of codes, int8 [4 * n]: [lane][place]."""
+def interleaved(dot: Dot, x: Buffer, at: list[Expr]) -> list[Expr]:
+    """Codes of 4 * n channels, n = dot.lanes, from 4 places -> 4 vectors of codes, int8 [4 * n]: [lane][place]."""
+    n = dot.lanes
 
     def zipped(a: Expr, b: Expr, count: int, half: int) -> Expr:
         """Elements of one half of each 128 bits of a and b in turn; `count` elements in a vector."""
@@ -232,7 +244,7 @@ def interleaved(x: Buffer, at: list[Expr], n: int) -> list[Expr]:
                 index += [const(place), const(count + place)]
         return T.Bind(T.Shuffle([a, b], index))
 
-    lines = [T.Bind(load(x, place, VECTORS * n)) for place in at]
+    lines = [neon.loaded(dot, x, place) if dot.neon else T.Bind(load(x, place, VECTORS * n)) for place in at]
     pairs = typed("int16", 2 * n)
     found = []
     for half in (0, 1):

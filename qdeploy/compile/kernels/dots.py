@@ -1,13 +1,15 @@
 """Byte dot products: 4 unsigned by 4 signed bytes into each 32-bit lane, exactly.
 
 A quad is multiplied in `steps` parts: vpdpbusd and pmaddubsw take it whole, pmaddwd two bytes at a time, widened to 16
-bits. pmaddubsw adds two products in 16 bits, which is exact for weights of -64 .. 64 only (ConvSpec.narrow).
+bits. pmaddubsw adds two products in 16 bits, which is exact for weights of -64 .. 64 only (ConvSpec.narrow). Those of
+aarch64 are in neon.py.
 """
 
 from __future__ import annotations
 
 from tvm.tirx.script import builder as T
 
+from qdeploy.compile.kernels import neon
 from qdeploy.compile.kernels.emit import Buffer, Expr, cast, const, fence, load, splat, splat_const, typed
 from qdeploy.compile.llvm import Dot
 
@@ -63,6 +65,8 @@ def dot_step(dot: Dot, acc: Expr, inputs: list[Expr], weights: list[Expr]) -> Ex
 
 def _step(dot: Dot, acc: Expr, x: Expr, w: Expr) -> Expr:
     n = dot.lanes
+    if dot.neon:
+        return neon.products(dot, acc, x, w)
     if dot.instruction == "vpdpbusd":
         return call("int32", n, f"avx512.vpdpbusd.{32 * n}", acc, x, w)
     if dot.instruction == "pmaddubsw":
@@ -79,5 +83,7 @@ def looked_up(dot: Dot, table: Expr, indices: Expr, high: bool) -> Expr:
     """uint8 [4 * lanes] with 4-bit indices in its low or high halves -> int8 codes of `table`."""
     n = GROUP * dot.lanes
     index = T.shift_right(indices, splat_const(4, "uint8", n)) if high else indices
+    if dot.neon:
+        return neon.looked_up_4(table, index if high else T.bitwise_and(index, splat_const(15, "uint8", n)))
     index = T.bitwise_and(index, splat_const(15, "uint8", n))
     return T.Bind(call("int8", n, TABLE[dot.lanes], table, index))

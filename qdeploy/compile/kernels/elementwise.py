@@ -126,7 +126,7 @@ def computation(spec: ElementSpec, quants: Sequence[Buffer], quant: Buffer) -> C
     if spec.kind == "add":
         order = [1, 0] if swapped(spec.xs[0].shape, spec.xs[1].shape) else [0, 1]
         signed = [spec.signed[i] for i in (*order, 2)]
-        p = add_parameters([*(quants[i] for i in order), quant], signed)
+        p = add_parameters([*(quants[i] for i in order), quant], signed, spec.dot)
         return Computation(
             lambda i, codes, n: own_codes(codes, spec.signed[i], n),
             lambda values, n: add(values[order[0]], values[order[1]], p, n),
@@ -139,12 +139,12 @@ def computation(spec: ElementSpec, quants: Sequence[Buffer], quant: Buffer) -> C
         return Computation(
             lambda i, codes, n: centred(codes, quants[i], n),
             lambda values, n: fence(values[0] * values[1] * splat(ratio, n), n) + splat(zero, n),
-            own_limits(quant, spec.signed[2]),
+            own_limits(quant, spec.signed[2], spec.dot),
         )
     return Computation(
         lambda i, codes, n: T.Bind(real_value(codes, quants[i], n)),
         lambda values, n: emit_term(spec.term, values, n) / quantizer(quant, SCALE, n),
-        limits(quant),
+        limits(quant, spec.dot),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tvm.tirx.script import builder as T
 
+from qdeploy.compile.kernels import neon
 from qdeploy.compile.kernels.emit import Buffer, Expr, const, load, splat_const, typed
 from qdeploy.compile.llvm import Dot
 
@@ -19,8 +20,10 @@ def table_vectors(dot: Dot, table: Buffer) -> list[Expr]:
     """What `look_up` reads in place of `table`, made once a kernel; nothing where the target looks up one by one.
 
     vpermi2b: the table in 4 vectors of 64 bytes. pshufb: 16 vectors, each a part of 16 entries in every 128 bits; all
-    but the first of each half hold the difference (exclusive or) to the part before.
+    but the first of each half hold the difference (exclusive or) to the part before. tbl: 16 vectors as they are.
     """
+    if dot.lookup == "tbl":
+        return [T.Bind(load(table, const(16 * i), 16)) for i in range(PARTS)]
     if dot.lookup == "vpermi2b":
         return [T.Bind(load(table, const(64 * i), 64)) for i in range(4)]
     if dot.lookup != "pshufb":
@@ -42,6 +45,8 @@ def side_by_side(vector: Expr, times: int, size: int) -> Expr:
 
 def look_up(dot: Dot, tables: Sequence[Expr], codes: Expr) -> Expr:
     """uint8 [4 * dot.lanes] codes -> their entries; not for targets that look up one by one."""
+    if dot.lookup == "tbl":
+        return neon.looked_up(tables, codes)
     size = 4 * dot.lanes
     high = splat_const(128, "uint8", size)
     if dot.lookup == "vpermi2b":

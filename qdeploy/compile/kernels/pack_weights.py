@@ -35,7 +35,6 @@ SIZES = (
 STRIP_SIZES = (
     "outputs", "padded", "taps", "start", "output_step", "step", "first_1", "lanes_1", "first_2", "lanes_2",
 )  # fmt: skip
-NARROW = 64  # |code| of a narrow weight
 CODES = 16  # different codes of a packed weight
 
 
@@ -52,7 +51,7 @@ class PackCode:
     """All that the code of `weights_kernel` depends on.
 
     `dots` are ConvSpec.strip_taps of a convolution in strips. For others, byte k of lane i stands at i * order[0] +
-    k % 2 * order[1] + k // 2 * order[2] of a vector of lanes * group bytes.
+    k % 2 * order[1] + k // 2 * order[2] of a vector of lanes * group bytes. `offset`: what kernels subtract from codes.
     """
 
     dtype: str
@@ -60,7 +59,8 @@ class PackCode:
     lanes: int
     group: int
     order: tuple[int, int, int]
-    narrow: bool  # codes beyond -64 .. 64 are refused
+    offset: int
+    narrow: int  # codes farther from 0 are refused; 0: none are
     indices: bool  # 4-bit indices into a table
     dots: tuple[tuple[int | None, ...], ...] | None
     scale: Part
@@ -96,8 +96,10 @@ class WeightSpec:
         assert scale is not None
         order = (1, 0, 0) if conv.depthwise else (conv.byte_place(1, 0), conv.byte_place(0, 1), conv.byte_place(0, 2))
         return PackCode(
-            self.weight.dtype, self.signed, conv.dot.lanes, 1 if conv.depthwise else GROUP, order,
-            conv.multiply != conv.dot, conv.packed, tuple(map(tuple, conv.strip_taps)) if conv.by_rows else None,
+            self.weight.dtype, self.signed, conv.dot.lanes if conv.by_rows else conv.lanes,
+            1 if conv.depthwise else conv.group, order,
+            conv.multiply.offset, conv.dot.reach if conv.narrow else 0, conv.packed,
+            tuple(map(tuple, conv.strip_taps)) if conv.by_rows else None,
             scale, part(self.zero_point), part(self.bias), part(self.bias_scale), part(self.bias_zero_point),
         )  # fmt: skip
 
@@ -119,13 +121,14 @@ class WeightSpec:
             "matmul": (0, 1, taps * outputs, outputs),
             "transposed conv": (inputs * outputs * taps, taps, outputs * taps, -1),
         }[self.order]
-        return (conv.groups, outputs, inputs, conv.segments, conv.taps, conv.quads, start, *steps)
+        quads = conv.quads * GROUP // conv.group
+        return (conv.groups, outputs, inputs, conv.segments, conv.taps, quads, start, *steps)
 
     def failure(self, weight: str) -> str:
         """What to say where the kernel refuses initializer `weight`; empty where it takes any."""
         needs, remedies = [], ["compile from the ladder's widest level"]
         if self.code.narrow:
-            needs.append(f"codes in -{NARROW} .. {NARROW}")
+            needs.append(f"codes in -{self.code.narrow} .. {self.code.narrow}")
         if self.code.indices:
             needs.append(f"at most {CODES} different codes")
             remedies.append("without --weights packed")
@@ -208,7 +211,7 @@ class Packer:
         else:
             self.dense(None, widest)
         self.per_channel()
-        for found, most, what in ((widest, NARROW, "narrow"), (different, CODES, "few")):
+        for found, most, what in ((widest, self.code.narrow, "narrow"), (different, CODES, "few")):
             with T.Assert(load(found, 0) <= const(most), f"the weights are not {what}"):
                 pass
 
@@ -265,7 +268,10 @@ class Packer:
         code, packed = self.code, self.given["packed"]
 
         def visit(run: Expr, byte: Expr) -> Callable[[Expr, Expr, Expr], None]:
-            quad, k = (T.shift_right(byte, const(2)), T.bitwise_and(byte, const(3))) if code.group > 1 else (byte, byte)
+            quad, k = byte, byte
+            if code.group > 1:
+                quad = T.shift_right(byte, const(code.group.bit_length() - 1))
+                k = T.bitwise_and(byte, const(code.group - 1))
             row = quad if places is None else T.shift_right(quad, const(1))
             inside = T.bitwise_and(k, const(1)) * code.order[1] + T.shift_right(k, const(1)) * code.order[2]
             start = T.Bind((run * self.quads + row) * self.vector + inside)
@@ -344,7 +350,8 @@ class Packer:
         unit = T.Bind(load(given["quant_x"], const(SCALE)) * self.value("scale", channel))
         scale = T.Bind(T.Min(unit / load(given["quant"], const(SCALE)), const(MOST_SCALE, "float32")))
         store(given["out_scale"], scale, at)
-        zero, zero_x = self.zero(channel), cast("int32", load(given["quant_x"], const(ZERO)), 1)
+        zero = self.zero(channel)
+        zero_x = cast("int32", load(given["quant_x"], const(ZERO)), 1) - self.code.offset
         centred = load(integers, at) - zero * self.depth
         bias = T.Bind(self.bias(channel, unit) - zero_x * centred)
         store(integers, bias, at)

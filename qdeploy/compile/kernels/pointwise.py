@@ -55,7 +55,7 @@ def quantize_kernel(name: str, shape: tuple[int, ...], y: Layout, dot: Dot) -> t
 
     def body(source: Buffer, quant: Buffer, out: Buffer) -> None:
         fill_border(out, y, quant)
-        bounds = limits(quant)
+        bounds = limits(quant, dot)
         # rows that follow each other in both tensors are one
         rows, width = (1, y.height * y.width) if not any(y.border) else (y.height, y.width)
 
@@ -215,7 +215,7 @@ def average_pool_kernel(name: str, spec: PoolSpec, count_padding: bool, signed: 
 
     def body(x: Buffer, quant_x: Buffer, quant: Buffer, y: Buffer) -> None:
         fill_border(y, spec.y, quant)
-        bounds, zero = own_limits(quant, signed), T.Bind(own_code(quant, ZERO, signed))
+        bounds, zero = own_limits(quant, signed, spec.dot), T.Bind(own_code(quant, ZERO, signed))
 
         def one(h: Expr, w: Expr, c: Expr, n: int, valid: int) -> None:
             sums = [local(n, "float32") for _ in range(VECTORS)]
@@ -249,7 +249,7 @@ def mean_kernel(name: str, spec: PoolSpec) -> tirx.PrimFunc:
 
     def body(x: Buffer, quant_x: Buffer, quant: Buffer, y: Buffer) -> None:
         fill_border(y, spec.y, quant)
-        bounds = limits(quant)
+        bounds = limits(quant, spec.dot)
         offset = T.Bind(cast("int32", load(quant_x, const(ZERO)), 1) * const(area))
         scale = T.Bind(load(quant_x, const(SCALE)) / (load(quant, const(SCALE)) * const(float(area), "float32")))
 

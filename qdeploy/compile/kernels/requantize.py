@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from tvm.tirx.script import builder as T
 
+from qdeploy.compile.kernels import neon
 from qdeploy.compile.kernels.emit import (
     HIGH,
     LOW,
@@ -65,8 +66,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Limits:
-    """An output quantizer as scalars, made once a kernel."""
+    """An output quantizer as scalars, made once a kernel; `neon`: by which instructions codes are packed."""
 
+    neon: bool
     top: Expr  # float32: highest code - zero point
     zero: Expr  # int16
     low: Expr  # uint8
@@ -139,25 +141,25 @@ class Operands:
         signed = then.signed[0 if then.first else 1]
         zero, low = (T.Bind(own_code(quant, field, signed)) for field in (ZERO, LOW))
         magic = T.Bind(const(MAGIC, "float32") - zero)
-        parameters = add_parameters(given[1:], then.signed)
+        parameters = add_parameters(given[1:], then.signed, dot)
         other_signed = then.signed[1 if then.first else 0]
         return replace(
             self, sum=Sum(given[0], then.other, y, other_signed, then.first, parameters, magic, low)
         )  # fmt: skip
 
 
-def limits(quant: Buffer) -> Limits:
+def limits(quant: Buffer, dot: Dot) -> Limits:
     """Read a packed quantizer."""
     zero = quantizer(quant, ZERO, 1)
     whole = cast("int32", load(quant, const(ZERO)), 1)
     top = T.Bind(load(quant, const(HIGH)) - zero)
-    return Limits(top, T.Bind(cast("int16", whole, 1)), _code(quant, LOW), _code(quant, HIGH))
+    return Limits(dot.neon, top, T.Bind(cast("int16", whole, 1)), _code(quant, LOW), _code(quant, HIGH))
 
 
-def own_limits(quant: Buffer, signed: bool) -> Limits:
+def own_limits(quant: Buffer, signed: bool, dot: Dot) -> Limits:
     """Bounds for float32 codes as the file counts them, zero point included: int8 ones are 128 less than ours."""
     top, zero = T.Bind(own_code(quant, HIGH, signed)), const(SHIFT if signed else 0, "int16")
-    return Limits(top, zero, _code(quant, LOW), _code(quant, HIGH))
+    return Limits(dot.neon, top, zero, _code(quant, LOW), _code(quant, HIGH))
 
 
 def _code(quant: Buffer, field: int) -> Expr:
@@ -189,14 +191,14 @@ def fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
     return T.call_llvm_pure_intrin(typed("float32", lanes), "llvm.fma", a, b, c)
 
 
-def add_parameters(quants: Sequence[Buffer], signed: Sequence[bool]) -> AddParameters:
+def add_parameters(quants: Sequence[Buffer], signed: Sequence[bool], dot: Dot) -> AddParameters:
     """docs/integers.md, Add: quantizers of a, which is added last, of b and of the sum; which ones are int8."""
     quant_a, quant_b, quant = quants
     scale = load(quant, const(SCALE))
     ratio_a, ratio_b = (T.Bind(load(q, const(SCALE)) / scale) for q in (quant_a, quant_b))
     zero_a, zero_b, zero = (own_code(q, ZERO, is_signed) for q, is_signed in zip(quants, signed, strict=True))
     offset = T.Bind(zero - fma(ratio_a, zero_a, fence(ratio_b * zero_b, 1), 1))
-    return AddParameters(ratio_a, ratio_b, offset, own_limits(quant, signed[2]))
+    return AddParameters(ratio_a, ratio_b, offset, own_limits(quant, signed[2], dot))
 
 
 def own_codes(codes: Expr, signed: bool, lanes: int) -> Expr:
@@ -223,11 +225,13 @@ def call(dtype: str, lanes: int, name: str, *args: Expr) -> Expr:
 
 def to_integers(real: Expr, bounds: Limits, lanes: int) -> Expr:
     """float32 in units of the output's scale -> int32, rounded to nearest even, cut at the top only."""
-    return rounded(T.Min(real, splat(bounds.top, lanes)), lanes)
+    return rounded(T.Min(real, splat(bounds.top, lanes)), bounds, lanes)
 
 
-def rounded(real: Expr, lanes: int) -> Expr:
+def rounded(real: Expr, bounds: Limits, lanes: int) -> Expr:
     """float32 that int32 can hold, or is negative -> int32, rounded to nearest even."""
+    if bounds.neon:
+        return neon.rounded(real)
     if lanes == 16:  # 4: round as the processor is set, to nearest even
         return call("int32", 16, CONVERT[16], real, splat(const(0), 16), const(-1, "int16"), const(4))
     return call("int32", lanes, CONVERT[lanes], real)
@@ -256,10 +260,11 @@ def packed(vectors: list[Expr], bounds: Limits, lanes: int, in_order: bool, cut:
     """
     halves = []
     for i in (0, 2):
-        half = call("int16", 2 * lanes, NARROW[lanes], vectors[i], vectors[i + 1])
+        both = vectors[i], vectors[i + 1]
+        half = neon.to_int16(*both) if bounds.neon else call("int16", 2 * lanes, NARROW[lanes], *both)
         offset = splat(bounds.zero, 2 * lanes)
         halves.append(T.call_llvm_pure_intrin(typed("int16", 2 * lanes), "llvm.sadd.sat", half, offset))
-    codes = call("uint8", 4 * lanes, BYTES[lanes], *halves)
+    codes = neon.to_uint8(*halves) if bounds.neon else call("uint8", 4 * lanes, BYTES[lanes], *halves)
     codes = T.Max(codes, splat(bounds.low, 4 * lanes))
     if cut:
         codes = T.Min(codes, splat(bounds.high, 4 * lanes))
@@ -314,7 +319,7 @@ def finished(pieces: list[Piece], o: Operands, lanes: int) -> Expr:
     """The codes of 4 vectors, after what the convolution does to them."""
     bounds = o.limits
     if o.sum is None:
-        vectors = [rounded(cast("float32", p.acc, lanes) * p.scale, lanes) for p in pieces]
+        vectors = [rounded(cast("float32", p.acc, lanes) * p.scale, bounds, lanes) for p in pieces]
     else:
         bounds = o.sum.parameters.limits
         vectors = [to_integers(summed(p, o.sum, o.limits, lanes), bounds, lanes) for p in pieces]
@@ -337,7 +342,7 @@ def summed(piece: Piece, s: Sum, bounds: Limits, lanes: int) -> Expr:
 
 def finish_strip(acc: list[Expr], scales: list[Expr], valid: int, at: Expr, o: Operands, n: int) -> None:
     """Requantize 4 vectors of `n` interleaved channels (depthwise.rows) and store the first `valid` codes at `at`."""
-    vectors = [rounded(cast("float32", a, n) * s, n) for a, s in zip(acc, scales, strict=True)]
+    vectors = [rounded(cast("float32", a, n) * s, o.limits, n) for a, s in zip(acc, scales, strict=True)]
     codes = packed(vectors, o.limits, n, False, cut=True)
     if o.dot is not None:
         codes = look_up_part(o.dot, o.tables, codes, VECTORS * n)

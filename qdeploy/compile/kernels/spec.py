@@ -30,6 +30,7 @@ from qdeploy.compile.llvm import Dot
 
 TILE_ROWS, TILE_QUADS = 16, 16  # rows and 32-bit columns of an AMX tile
 WIDENED = 1 << 16  # codes of the input that are widened to 16 bits at once: 128 KiB of stack
+MATRIX = 8  # bytes of a window and of a channel that usmmla multiplies
 TABLE_BYTES = 64  # codes of packed weights: a table of 16, once in each 128 bits of a vector
 
 
@@ -56,7 +57,7 @@ class ConvSpec:
     groups: int
     dot: Dot
     threads: int = 1  # runs of work that are done at once
-    narrow: bool = False  # all weights are in -64 .. 64, so that no pair of products saturates 16 bits
+    narrow: bool = False  # no weight is beyond Dot.reach, so that no pair of products leaves 16 bits
     packed4: bool = False  # dense weights may be kept as 4-bit indices: they have at most 16 different codes
     then: Fused | None = None  # what is done to the codes before they are stored
     choice: Choice | None = None  # the way; None: what the cost models say
@@ -77,14 +78,19 @@ class ConvSpec:
         return self.x.channels // self.groups
 
     @property
+    def lanes(self) -> int:
+        """Output channels of a block: a vector of int32, or of bytes of the plain depthwise kernel on ARM."""
+        return GROUP * self.dot.lanes if self.depthwise and self.dot.neon else self.dot.lanes
+
+    @property
     def blocks(self) -> int:
         """Vectors of output channels of a group."""
-        return -(-self.outputs // self.dot.lanes)
+        return -(-self.outputs // self.lanes)
 
     @property
     def tail(self) -> int:
         """Channels of a group's last vector."""
-        return self.outputs - (self.blocks - 1) * self.dot.lanes
+        return self.outputs - (self.blocks - 1) * self.lanes
 
     @property
     def family(self) -> str:
@@ -103,15 +109,17 @@ class ConvSpec:
     @property
     def rows_apply(self) -> bool:
         """It can be computed by rows; the code of that grows with the kernel."""
-        byte_products = self.multiply.instruction in ("vpdpbusd", "pmaddubsw")
+        byte_products = self.multiply.instruction in ("vpdpbusd", "pmaddubsw", "sdot", "usdot")
         return self.depthwise and prod(self.window.kernel) <= 25 and byte_products
 
     @property
     def rows_pay(self) -> bool:
         """Pixels whose windows overlap are summed up at once: few registers hold those of few pixels."""
-        dot = self.multiply
+        dot, pixels = self.multiply, -(-self.extent // self.window.stride[1])
+        if dot.neon:
+            return self.rows_apply and pixels * self.rows_together <= 6
         most = 9 if dot.instruction == "vpdpbusd" or dot.registers >= 32 else 3
-        return self.rows_apply and -(-self.extent // self.window.stride[1]) <= most
+        return self.rows_apply and pixels <= most
 
     @property
     def row_quads(self) -> int:
@@ -195,7 +203,7 @@ class ConvSpec:
         if self.by_rows:
             start, lanes = self.strips[-1]
             return start + 4 * lanes
-        return (1 if self.depthwise else self.groups) * self.blocks * self.dot.lanes
+        return (1 if self.depthwise else self.groups) * self.blocks * self.lanes
 
     @property
     def taps(self) -> int:
@@ -248,19 +256,32 @@ class ConvSpec:
     @property
     def quads(self) -> int:
         """Groups of 4 bytes in a segment as it is packed."""
+        if self.group > GROUP:
+            return -(-self.least_quads * GROUP // self.group) * self.group // GROUP
         return -(-self.least_quads // self.chunk) * self.chunk if self.tiled else self.least_quads
 
     @property
     def multiply(self) -> Dot:
         """The dot product of convolutions: the target's, or a shorter one that narrow weights allow."""
-        short = self.narrow and self.dot.instruction == "pmaddwd" and self.dot.lanes > 4
-        return replace(self.dot, instruction="pmaddubsw") if short else self.dot
+        if self.dot.instruction == "usmmla" and (self.depthwise or self.packed4 or self.y.width == 1):
+            return replace(self.dot, instruction="usdot")
+        return self.dot.shorter if self.narrow and self.dot.reach else self.dot
+
+    @property
+    def group(self) -> int:
+        """Neighbouring bytes of a channel in a packed vector, or two."""
+        return MATRIX if self.multiply.instruction == "usmmla" else GROUP
+
+    @property
+    def depth(self) -> int:
+        """Products of an output."""
+        return self.segments * self.taps * self.inputs
 
     @property
     def packed(self) -> bool:
         """Weights are 4-bit indices: where asked for, and nothing has to be filled with zeros inside a quad."""
         whole = self.taps * self.inputs % GROUP == 0
-        return self.packed4 and self.dot.lanes > 4 and self.family == "dense" and whole
+        return self.packed4 and (self.dot.neon or self.dot.lanes > 4) and self.family == "dense" and whole
 
     @property
     def quad_pairs(self) -> int:
@@ -289,12 +310,12 @@ class ConvSpec:
         return max(n for n in range(1, rows + 1) if n == 1 or self.read_bytes(n) <= WIDENED)
 
     def byte_place(self, lane: Expr, byte: Expr) -> Expr:
-        """Where byte `byte` (0 .. 3) of lane `lane` stands in a packed vector of dense weights.
+        """Where byte `byte` (0 .. 3; 0 .. 7 for usmmla) of lane `lane` stands in a packed vector of dense weights.
 
-        For pmaddwd, which multiplies pairs of 16 bits, the first two bytes of all lanes stand before the last two.
+        For pmaddwd, smull and smlal, which multiply pairs, the first two bytes of all lanes stand before the last two.
         """
-        if self.multiply.instruction != "pmaddwd":
-            return lane * GROUP + byte
+        if self.multiply.instruction not in ("pmaddwd", "smull", "smlal"):
+            return lane * self.group + byte
         half = byte // 2 if isinstance(byte, int) else T.floordiv(byte, const(2))
         return half * (2 * self.dot.lanes - 2) + lane * 2 + byte
 
@@ -304,7 +325,7 @@ class ConvSpec:
         if self.by_rows:
             return self.padded * GROUP * self.strip_dots
         if self.depthwise:
-            return self.blocks * self.segments * self.dot.lanes
+            return self.blocks * self.segments * self.lanes
         blocks = self.groups * self.blocks
         if self.packed:
             return TABLE_BYTES + blocks * self.segments * self.quad_pairs * GROUP * self.dot.lanes

@@ -15,7 +15,6 @@ from qdeploy.compile.read.reader import Reader
 from qdeploy.compile.read.values import Refused, Result, Stored, View, window_of
 from qdeploy.qdq import attributes
 
-NARROW = 64  # of weight codes: 2 * 255 * 64 fits 16 bits
 FEW = 16  # different weight codes: 4 bits tell them apart
 
 
@@ -145,11 +144,13 @@ def weights(reader: Reader, node: NodeProto, axis: int, order: str, groups: int 
     if stored.zero_point is not None and reader.arrays[stored.zero_point].dtype != kind:
         raise Refused(f"zero point {stored.zero_point} is not of its weight's type")
     bias = _bias(reader, node.input[2] if len(node.input) > 2 else "", channels)
+    if bias[0] is not None and reader.arrays[bias[0]].shape[-1:] != (channels,):  # Gemm's may be one number a row
+        raise Refused(f"bias {bias[0]} {list(reader.arrays[bias[0]].shape)} is not one number an output channel")
     clips, codes = _clips(reader, stored), reader.arrays[weight]
-    narrow = codes.dtype == np.int8 and bool(np.all(np.abs(codes.astype(np.int16)) <= NARROW))
+    reach = int(np.abs(codes.astype(np.int16)).max(initial=0)) if codes.dtype == np.int8 else 128
     few = not stored.real and np.unique(codes).size <= FEW
     return Weights(
-        weight, kind == np.int8, stored.scale, stored.zero_point, *bias, channels, order, *clips, narrow, stored.real,
+        weight, kind == np.int8, stored.scale, stored.zero_point, *bias, channels, order, *clips, reach, stored.real,
         few,
     )  # fmt: skip
 
@@ -201,6 +202,8 @@ def add_bias(reader: Reader, node: NodeProto) -> bool:
         shape = reader.arrays[codes].shape
         aligned = (1,) * (len(dims) - len(shape)) + shape
         if aligned != tuple(n if i == axis else 1 for i, n in enumerate(dims)) or dims[axis] != weights.channels:
+            continue
+        if not last and dims[0] != 1:  # a Reshape has put the channels elsewhere
             continue
         bias, scale, zero = _bias(reader, other, weights.channels)
         op = replace(value.op, weights=replace(weights, bias=bias, bias_scale=scale, bias_zero_point=zero))
