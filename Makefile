@@ -7,13 +7,18 @@ export PYTHON TORCH_INDEX
 # more threads than one a process are slower on a busy machine, and spin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
+# cross-compiler and emulator, where `make cross` unpacked them
+export PATH := $(CURDIR)/$(VENV)/cross/bin:$(PATH)
 
-.PHONY: help demo test check bench bench-compile models claims
+.PHONY: help demo test test-arm test-gpu cross check bench bench-compile models claims
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the whole flow from the shipped checkpoint: a table, and an HTML report (3 minutes)"
 	@echo "make test    every test"
+	@echo "make test-arm   compiled networks for ARM under an emulator, through the C++ runner, against this machine (4 minutes)"
+	@echo "make cross   what that needs, unpacked into $(VENV)/cross; the runner for x86_64 and aarch64 in $(VENV)/device"
+	@echo "make test-gpu   CUDA artifacts on this machine's GPU, against its processor and ONNX Runtime; skips where there is none"
 	@echo "make check   ruff check, ruff format --check, mypy"
 	@echo "make bench   the benchmarks of tools/, one after the other"
 	@echo "make bench-compile   compiled networks beside ONNX Runtime and OpenVINO (BENCH='--data-dir DIR --networks ...')"
@@ -42,7 +47,23 @@ demo: $(STAMP)
 	$(BIN)/qdeploy demo
 
 test: $(STAMP)
-	$(BIN)/pytest -q -n 2 --dist loadfile
+	$(BIN)/pytest -q -n 2 --dist loadfile --ignore tests/arm
+
+# the programs and packages for building and emulating aarch64, and the C++ runner for both architectures
+CROSS := $(VENV)/cross/.installed
+$(CROSS): $(STAMP) tools/make_cross.sh constraints.txt
+	@sh tools/make_cross.sh $(VENV)
+	@touch $@
+
+cross: $(CROSS)
+	@sh tools/make_runner.sh $(VENV) $(shell uname -m)
+	@sh tools/make_runner.sh $(VENV) aarch64
+
+test-arm: cross
+	$(BIN)/pytest -q -rs -n 2 --dist loadfile tests/arm
+
+test-gpu: $(STAMP)
+	$(BIN)/pytest -q -rs tests/gpu
 
 check: $(STAMP)
 	$(BIN)/ruff check .

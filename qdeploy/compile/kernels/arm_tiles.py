@@ -20,7 +20,7 @@ from qdeploy.compile.kernels.spec import MATRIX, TABLE_BYTES, ConvSpec
 
 @dataclass(frozen=True)
 class Core:
-    """Operations a cycle of the processors that an instruction is meant for, from their optimization guides.
+    """Operations a cycle that are assumed of the processors that an instruction is meant for; none was measured.
 
     `multiplies`: of the instruction itself (of smull and smlal: of each of their products), `vectors`: of all vector
     instructions together, `loads`: of 16 bytes, `issued`: of all instructions.

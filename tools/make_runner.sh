@@ -1,0 +1,51 @@
+#!/bin/sh
+# Build qdeploy-run for architecture $2 (x86_64 or aarch64) into $1/device/$2 ($1: the virtual environment): the program,
+# TVM's two runtime libraries, stripped, and their licences. Builds what changed; several may call it at once.
+set -eu
+venv=$(cd "$1" && pwd)
+arch=$2
+cross=$venv/cross
+out=$venv/device/$arch
+PATH=$cross/bin:$PATH
+mkdir -p "$cross"
+exec 9>"$cross/lock-$arch"
+flock 9
+
+if [ "$arch" = "$(uname -m)" ]; then
+    packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+    toolchain=
+else
+    packages=$cross/$arch
+    toolchain=-DCMAKE_TOOLCHAIN_FILE=$PWD/runner/cmake/$arch.cmake
+    if ! [ -d "$packages/tvm" ] || ! command -v "$arch-linux-gnu-g++" >/dev/null; then
+        echo "error: building for $arch needs its compiler and libraries: run make cross" >&2
+        exit 2
+    fi
+fi
+command -v cmake >/dev/null || {
+    echo "error: building the runner needs cmake: run make cross (or, on Debian, apt install cmake)" >&2
+    exit 2
+}
+zlib=
+[ -f "$cross/$arch/zlib/libz.a" ] && zlib=-DZLIB_ROOT=$cross/$arch/zlib
+cmake -S runner -B "$cross/build-$arch" -DTVM_ROOT="$packages/tvm" -DTVM_FFI_ROOT="$packages/tvm_ffi" \
+    $toolchain $zlib >"$cross/build-$arch.log" 2>&1 || {
+    if grep -q 'Could not find ZLIB_' "$cross/build-$arch.log"; then
+        echo "error: building the runner needs a static zlib: run make cross (or, on Debian, apt install zlib1g-dev)" >&2
+        exit 2
+    fi
+    sed -n '/CMake Error/,$p' "$cross/build-$arch.log" >&2
+    exit 2
+}
+cmake --build "$cross/build-$arch" -j 2 >"$cross/build-$arch.log" 2>&1 || {
+    cat "$cross/build-$arch.log" >&2
+    exit 2
+}
+cmake --install "$cross/build-$arch" --prefix "$out" >/dev/null
+rm -rf "$out/licenses"
+mkdir -p "$out/licenses/apache-tvm" "$out/licenses/apache-tvm-ffi" "$out/licenses/zlib" "$out/licenses/qdeploy"
+cp LICENSE "$out/licenses/qdeploy/"
+cp -R "$packages/tvm/LICENSE" "$packages/tvm/NOTICE" "$packages/tvm/licenses" "$out/licenses/apache-tvm/"
+cp -R "$packages"/apache_tvm_ffi-*.dist-info/licenses/. "$out/licenses/apache-tvm-ffi/"
+headers=$(sed -n 's/^ZLIB_HEADERS:PATH=//p' "$cross/build-$arch/CMakeCache.txt")
+sed -n '1,/\*\//p' "$headers/zlib.h" >"$out/licenses/zlib/LICENSE"
