@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from qdeploy import __version__
+from qdeploy.cli_quantize import quantize, sensitivity
+from qdeploy.cli_search import pick, search
 from qdeploy.errors import QDeployError
 
 PATH = click.Path(path_type=Path)
@@ -39,7 +41,8 @@ class Group(click.Group):
             fail(ctx, f"{e.filename or 'a file'}: {e.strerror or e}")
         except KeyboardInterrupt:
             click.echo(
-                "qdeploy: interrupted; train, evaluate and pull resume, any other command begins again", err=True
+                "qdeploy: interrupted; train, evaluate, search and pull resume, any other command begins again",
+                err=True,
             )
             ctx.exit(EXIT_INTERRUPTED)
 
@@ -73,14 +76,19 @@ def main() -> None:
     """
 
 
+main.add_command(quantize)
+main.add_command(sensitivity)
+
+
 @main.command()
 @click.argument("recipe", type=PATH)
 @option_out("Run folder; an unfinished run in it is resumed.")
 @data_dir
+@click.option("--only", type=PATH, help="Train this one subnet alone (spec file; methods eqnet and batchquant).")
 @click.option(
     "--threads", type=click.IntRange(1), default=1, show_default=True, help="torch threads; one is bitwise repeatable."
 )
-def train(recipe: Path, out: Path, data_dir: Path | None, threads: int) -> None:
+def train(recipe: Path, out: Path, data_dir: Path | None, only: Path | None, threads: int) -> None:
     """Train the network of RECIPE (models/NAME.toml): float phase, then all widths together.
 
     Ctrl-C, or a killed process, loses at most 20 seconds: the same command resumes. Several processes share each batch
@@ -88,13 +96,15 @@ def train(recipe: Path, out: Path, data_dir: Path | None, threads: int) -> None:
     """
     import torch
 
-    from qdeploy.recipe import load_recipe
+    from qdeploy.extract import read_spec
+    from qdeploy.recipe import load_recipe, with_only
     from qdeploy.train.run import joined, rank
     from qdeploy.train.run import train as run
 
     torch.set_num_threads(threads)
+    chosen = load_recipe(recipe) if only is None else with_only(load_recipe(recipe), read_spec(only))
     with joined():
-        report = run(load_recipe(recipe), out, data_dir, say)
+        report = run(chosen, out, data_dir, say)
         if rank() == 0:
             click.echo(json.dumps(report))
 
@@ -109,6 +119,11 @@ def train(recipe: Path, out: Path, data_dir: Path | None, threads: int) -> None:
 @click.option("--granularity", type=click.Choice(["tensor", "channel"]), help="Of a uniform level of an EQ-Net run.")
 @click.option("--symmetry", type=click.Choice(["symmetric", "asymmetric"]), help="Of a uniform level of an EQ-Net run.")
 @click.option("--nested-with", type=PATH, help="Spec file or subnet folder that a --budget-kib level must extend.")
+@click.option(
+    "--architecture",
+    type=PATH,
+    help="Spec file or subnet folder whose architecture and activation widths a --budget-kib level of a supernet has.",
+)
 @data_dir
 @option_out("Subnet folder (FrozenNet).")
 @force
@@ -120,6 +135,7 @@ def subnet(  # noqa: PLR0913, PLR0917
     granularity: str | None,
     symmetry: str | None,
     nested_with: Path | None,
+    architecture: Path | None,
     data_dir: Path | None,
     out: Path,
     force: bool,
@@ -136,7 +152,7 @@ def subnet(  # noqa: PLR0913, PLR0917
     check_integer(net)
     options = {"granularity": granularity, "symmetry": symmetry}
     given = {name: value for name, value in options.items() if value is not None}
-    chosen = choose_spec(net, bits, budget_kib, spec, nested_with, given)
+    chosen = choose_spec(net, bits, budget_kib, spec, nested_with, given, architecture)
     frozen = extract_subnet(recipe, net, chosen, data_dir)
     save_frozen(frozen, out, force)
     report = frozen.report
@@ -240,6 +256,21 @@ def bundle(levels: tuple[Path, ...], artifacts: tuple[Path, ...], release: int, 
 
 
 @main.command()
+@click.argument("artifact", type=PATH)
+@click.option("--target", type=PATH, required=True, help="targets/NAME.toml: the device.")
+@option_out("The archive, .tar.gz.")
+@click.option("--device", type=PATH, help="A pulled folder: the levels that it holds come too.")
+@click.option("--model", type=PATH, help="The QDQ ONNX file that was compiled, as the only level.")
+def package(artifact: Path, target: Path, out: Path, device: Path | None, model: Path | None) -> None:
+    """Put ARTIFACT, the C++ runner and a self-test in one archive that a device unpacks and runs (docs/runner.md)."""
+    from qdeploy.package import package as write
+    from qdeploy.target import load_target
+
+    size = write(artifact, load_target(target), out, device, model, say)
+    click.echo(f"{out}: {size} bytes; on the device: tar xzf {out.name} && sh qdeploy/install.sh")
+
+
+@main.command()
 @click.argument("path", type=PATH)
 @as_json
 def inspect(path: Path, as_json: bool) -> None:
@@ -248,6 +279,16 @@ def inspect(path: Path, as_json: bool) -> None:
 
     found = describe(path)
     click.echo(json.dumps(found) if as_json else render(found))
+
+
+@main.command()
+@as_json
+def targets(as_json: bool) -> None:
+    """List the targets that ship, and whether this machine can build for each (docs/targets.md)."""
+    from qdeploy.compile.targets import listed, rendered
+
+    rows = listed()
+    click.echo(json.dumps(rows) if as_json else rendered(rows))
 
 
 @main.command(name="compile")
@@ -429,6 +470,10 @@ def demo(out: Path, as_json: bool) -> None:
 
     result = run(out, say)
     click.echo(json.dumps(result) if as_json else render(result))
+
+
+main.add_command(search)
+main.add_command(pick)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,14 @@ from typing import Any
 
 from qdeploy.errors import RecipeError
 
+FLOPS_PER_BITOPS = 64  # a float multiply-add counts as one of 8 x 8 bits (QFA, "FLOPs + BitOPs / 64")
 UNITS = ("ms", "bytes", "bitops", "macs", "ratio")
 SOURCES = ("predicted", "measured")
+
+
+def complexity(flops: Any, bitops: Any) -> Any:
+    """FLOPs of float layers + BitOPs / 64 of quantized ones, both of multiply-adds; numbers or arrays (QFA)."""
+    return flops + bitops / FLOPS_PER_BITOPS
 
 
 @dataclass(frozen=True)

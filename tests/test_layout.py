@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "qdeploy"
 VOCABULARY = "files space cost target recipe frozen integer data selftest"
 STAGES = (
     f"{VOCABULARY} bundle qdq ladder train subnet allocate freeze extract evaluate export bundle.write compile.artifact"
-    " compile profile client serve inspect report"
+    " compile profile client serve inspect search report package"
 )
 
 # unit -> (units of qdeploy, other packages, and what may come in addition inside a function)
@@ -65,13 +65,30 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "client": ("errors files bundle", "numpy", "target compile.artifact tvm onnxruntime PIL"),
     "serve": ("errors files bundle", "aiohttp", ""),
     "inspect": ("errors files space recipe frozen bundle", "numpy", "qdq"),
+    "search": (
+        "errors files space cost target qdq bundle bundle.write ladder nesting quant train subnet allocate extract"
+        " evaluate export compile.artifact compile profile",
+        "numpy torch pymoo",
+        "moocore",
+    ),
     "report": ("errors files cost bundle", "numpy matplotlib", ""),
+    "ptq": ("errors files data qdq report", "numpy onnx", "onnxruntime onnxsim PIL"),
+    "cli_quantize": ("errors", "click", "ptq"),
+    "package": (
+        "errors files target qdq bundle ladder bundle.write compile.artifact compile client",
+        "numpy",
+        "",
+    ),
     # across stages
     "demo": (f"errors {STAGES}", "numpy", ""),
-    "cli": ("errors", "click", f"{STAGES} demo numpy torch"),
+    "cli_search": ("errors", "click", f"{STAGES} torch"),
+    "cli": ("errors cli_quantize cli_search", "click", f"{STAGES} demo numpy torch"),
 }
 
-HEAVY = ("torch", "tvm", "tvm_ffi", "onnx", "onnxruntime", "onnxsim", "safetensors", "aiohttp", "matplotlib", "click")
+HEAVY = (
+    *("torch", "tvm", "tvm_ffi", "onnx", "onnxruntime", "onnxsim", "safetensors", "aiohttp", "matplotlib", "pymoo"),
+    *("scipy", "click"),
+)
 
 
 @dataclass

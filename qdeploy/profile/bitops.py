@@ -11,10 +11,8 @@ import numpy as np
 
 from qdeploy.compile.graph import Graph, Op
 from qdeploy.compile.read.handlers import read_graph
-from qdeploy.cost import Cost
+from qdeploy.cost import Cost, complexity
 from qdeploy.qdq import arrays, canonical_bytes, load_model, parse_model
-
-FLOPS_PER_BITOPS = 64  # a float multiply-add counts as one of 8 x 8 bits (QFA, "FLOPs + BitOPs / 64")
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def bitops(onnx_path: Path, shape: Sizes | None = None) -> dict[str, Any]:
         [
             ("macs", sum(layer.macs for layer in layers), "macs", "predicted"),
             ("bitops", total, "bitops", "predicted"),
-            ("complexity", total / FLOPS_PER_BITOPS, "macs", "predicted"),
+            ("complexity", complexity(0, total), "macs", "predicted"),
         ]
     )
     rows = [

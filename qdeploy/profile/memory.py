@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
+from qdeploy.compile.artifact import read_description
 from qdeploy.compile.graph import Graph
 from qdeploy.cost import Cost
-from qdeploy.profile.bitops import layer_bitops
+from qdeploy.profile.bitops import activation_bits, layer_bitops
 
 
 def memory(graph: Graph, values: Mapping[str, np.ndarray], arena_bytes: int, packed_bytes: int) -> Cost:
@@ -37,3 +39,21 @@ def memory(graph: Graph, values: Mapping[str, np.ndarray], arena_bytes: int, pac
             ("peak", packed_bytes + arena_bytes, "bytes", "predicted"),
         ]
     )
+
+
+def code_bytes(artifact: Path) -> int:
+    """Bytes of an artifact's library, the largest of them where it has several; raises CompileError."""
+    head = read_description(artifact)
+    return max((Path(artifact) / variant["library"]).stat().st_size for variant in head["variants"])
+
+
+def activation_bytes(graph: Graph, values: Mapping[str, np.ndarray]) -> int:
+    """Sum of the sizes of all tensors that layers read, each at its own width, in whole bytes.
+
+    The activation size of differentiable mixed precision (eq. 2): not what lives at once, but all of them.
+    """
+    widths: dict[str, int] = {}
+    for op in graph.ops:
+        if op.weights is not None:
+            widths[op.inputs[0].tensor] = activation_bits(graph, op, values)
+    return sum(-(-int(np.prod(graph.tensors[name].shape)) * bits // 8) for name, bits in widths.items())

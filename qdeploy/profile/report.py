@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from qdeploy.compile.artifact import Artifact, Packed
+from qdeploy.errors import DeviceError
 from qdeploy.profile.bitops import bitops, read_values
 from qdeploy.profile.explain import layer_lines, sentences
 from qdeploy.profile.float_model import float_model
@@ -45,6 +46,8 @@ def profile(artifact: Path, onnx_path: Path, repeats: int = 30, layers: bool = F
 def by_layer(loaded: Artifact, packed: Packed, repeats: int) -> dict[str, Any]:
     """The part of `profile` that `layers` adds, but for the sentences."""
     target = loaded.description["target"]
+    if "gpu" in target:
+        raise DeviceError("--layers compares with this machine's processor: profile a GPU's artifact without it")
     peak = measured_peak(tuple(target["features"]))
     fastest = "tdpbusd" if set(TILE_FEATURES) <= set(target["features"]) else target["dot"]
     x = np.random.default_rng(0).standard_normal(loaded.input_shape).astype(np.float32)

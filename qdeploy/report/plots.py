@@ -15,7 +15,8 @@ mpl.rcParams.update({"svg.hashsalt": "qdeploy", "svg.fonttype": "none", "font.si
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f", "#337ea9")
 
 
-def _figure(width: float = 7.0, height: float = 3.6) -> tuple[Figure, Axes]:
+def new_figure(width: float = 7.0, height: float = 3.6) -> tuple[Figure, Axes]:
+    """An empty plot, sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
@@ -25,7 +26,8 @@ def _legend(axes: Axes) -> None:
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6, frameon=False)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A figure as text that HTML can hold."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -34,7 +36,7 @@ def _svg(figure: Figure) -> str:
 
 def accuracy_against_bytes(levels: Sequence[str], total_bytes: Sequence[int], accuracy: Sequence[float]) -> str:
     """A point a level: bytes fetched in all (KiB) and top-1 accuracy (%)."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     kib = [value / 1024 for value in total_bytes]
     axes.plot(kib, accuracy, "-o", color=COLOURS[0])
     for name, x, y in zip(levels, kib, accuracy, strict=True):
@@ -42,12 +44,12 @@ def accuracy_against_bytes(levels: Sequence[str], total_bytes: Sequence[int], ac
     axes.set_xlabel("bytes fetched in all (KiB)")
     axes.set_ylabel("top-1 accuracy (%)")
     axes.margins(x=0.1, y=0.2)
-    return _svg(figure)
+    return svg(figure)
 
 
 def bits_per_layer(layers: Sequence[str], levels: Sequence[str], bits: Sequence[Sequence[int]]) -> str:
     """Grouped bars: `bits[level][layer]`, the weight width of every layer at every level."""
-    figure, axes = _figure(7.0, 1.2 + 0.32 * len(layers))
+    figure, axes = new_figure(7.0, 1.2 + 0.32 * len(layers))
     height = 0.8 / len(levels)
     for i, (name, row) in enumerate(zip(levels, bits, strict=True)):
         places = [y + (i - (len(levels) - 1) / 2) * height for y in range(len(layers))]
@@ -57,12 +59,12 @@ def bits_per_layer(layers: Sequence[str], levels: Sequence[str], bits: Sequence[
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("weight width (bits)")
     _legend(axes)
-    return _svg(figure)
+    return svg(figure)
 
 
 def stacked_bytes(names: Sequence[str], kinds: Sequence[str], sizes: Sequence[Sequence[int]]) -> str:
     """Stacked bars: `sizes[kind][name]`, bytes of every kind that each step fetched (KiB)."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     base = [0.0] * len(names)
     for i, (kind, row) in enumerate(zip(kinds, sizes, strict=True)):
         kib = [value / 1024 for value in row]
@@ -70,12 +72,12 @@ def stacked_bytes(names: Sequence[str], kinds: Sequence[str], sizes: Sequence[Se
         base = [a + b for a, b in zip(base, kib, strict=True)]
     axes.set_ylabel("fetched in this step (KiB)")
     _legend(axes)
-    return _svg(figure)
+    return svg(figure)
 
 
 def bytes_against_bound(planes: Sequence[str], coded: Sequence[int], bound: Sequence[float]) -> str:
     """Paired bars: coded bytes of each plane beside its entropy given the higher planes (KiB)."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     places = range(len(planes))
     axes.bar([p - 0.2 for p in places], [v / 1024 for v in coded], 0.4, label="coded, as sent", color=COLOURS[0])
     axes.bar([p + 0.2 for p in places], [v / 1024 for v in bound], 0.4, label="entropy bound", color=COLOURS[1])
@@ -83,12 +85,12 @@ def bytes_against_bound(planes: Sequence[str], coded: Sequence[int], bound: Sequ
     axes.set_xlabel("planes, most significant first")
     axes.set_ylabel("KiB")
     _legend(axes)
-    return _svg(figure)
+    return svg(figure)
 
 
 def latency(levels: Sequence[str], rows: Sequence[tuple[str, Sequence[float], Sequence[tuple[float, float]]]]) -> str:
     """Grouped bars with quartiles: (runtime, medians in ms, (lower, upper quartile) in ms) for every level."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     width = 0.8 / len(rows)
     for i, (name, medians, quartiles) in enumerate(rows):
         places = [x + (i - (len(rows) - 1) / 2) * width for x in range(len(levels))]
@@ -98,4 +100,4 @@ def latency(levels: Sequence[str], rows: Sequence[tuple[str, Sequence[float], Se
     axes.set_xticks(range(len(levels)), levels)
     axes.set_ylabel("latency, one thread (ms)")
     _legend(axes)
-    return _svg(figure)
+    return svg(figure)

@@ -1,6 +1,6 @@
 """Metrics of a run: RUN/metrics.jsonl and metrics.csv; RUN/tensorboard if TensorBoard is installed.
 
-One row an epoch: phase, epoch, the last step's losses by name (and the norm of its gradient beside the epoch's greatest,
+One row an epoch: phase, epoch, the last step's losses by name (the norm of its gradient and the epoch's greatest
 where a method bounds it), and images a second. A resumed run appends. The CSV has a row a figure
 (phase, epoch, name, value), since phases and methods have different losses.
 """

@@ -1,0 +1,111 @@
+"""Commands of the search: `qdeploy search` and `qdeploy pick`. Each parses, makes one call and prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+PATH = click.Path(path_type=Path)
+limit = click.option(
+    "--max",
+    "limits",
+    multiple=True,
+    metavar="NAME_UNIT=NUMBER",
+    help="An upper limit, such as latency_ms=5 (repeatable).",
+)
+
+
+def say(text: str) -> None:
+    """Progress goes to standard error."""
+    click.echo(text, err=True)
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@click.option("--target", "targets", type=PATH, multiple=True, help="targets/NAME.toml; several serve a fleet.")
+@click.option("--objective", "objectives", multiple=True, help="accuracy, latency, bitops, ... (repeatable).")
+@limit
+@click.option(
+    "--strategy", default="nsga2", show_default=True, help="nsga2, random, genetic (EQ-Net) or allocation (eq. 12)."
+)
+@click.option("--population", type=click.IntRange(4), default=800, show_default=True)
+@click.option("--generations", type=click.IntRange(1), default=500, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Search, measure, learn, again.")
+@click.option("--samples", type=click.IntRange(10), default=200, show_default=True, help="Specs scored first.")
+@click.option(
+    "--measure", type=click.IntRange(0), default=8, show_default=True, help="Subnets measured after each round."
+)
+@click.option("--specs", type=PATH, help="Known specs to start from, one JSON object a line.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="That score specs.")
+@click.option("--data-dir", type=PATH, help="Folder with the dataset's files.")
+@click.option("-o", "--out", type=PATH, required=True, help="Search folder; an unfinished search in it is continued.")
+def search(  # noqa: PLR0913, PLR0917
+    run: Path,
+    targets: tuple[Path, ...],
+    objectives: tuple[str, ...],
+    limits: tuple[str, ...],
+    strategy: str,
+    population: int,
+    generations: int,
+    rounds: int,
+    samples: int,
+    measure: int,
+    specs: Path | None,
+    seed: int,
+    processes: int,
+    data_dir: Path | None,
+    out: Path,
+) -> None:
+    """Find the best subnets of a trained RUN under limits, by predictors that measured subnets correct.
+
+    Objectives and limits: accuracy, bitops, complexity, weights_kib, activations_kib; of a device, for each --target:
+    latency_ms, download_kib, peak_memory_kib, or of one as latency_ms@NAME. Measured and scored for real: specs before
+    the first round, and a part of the front after each.
+    """
+    import torch
+
+    from qdeploy.evaluate import read_specs
+    from qdeploy.report.front import write_report
+    from qdeploy.search.run import Request, Search
+    from qdeploy.target import load_target
+
+    torch.set_num_threads(1)
+    found = tuple(load_target(path) for path in targets)
+    request = Request(objectives, limits, found, strategy, population, generations, rounds, samples, measure, seed)
+    known = [] if specs is None else read_specs(specs)
+    session = Search(run, request, known, out, data_dir, processes, say)
+    front = session.run()
+    write_report(out, session.description(front))
+    measured = sum(1 for member in front.members if member.measured)
+    click.echo(
+        f"{out}: {len(front.members)} subnets on the front, {measured} of them measured; qdeploy pick {out} --knee"
+    )
+
+
+@click.command()
+@click.argument("folder", type=PATH)
+@limit
+@click.option("--knee", is_flag=True, help="The subnet where the front bends, instead of the first objective's best.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@click.option("-o", "--out", type=PATH, required=True, help="Spec file for `qdeploy subnet --spec`.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+def pick(folder: Path, limits: tuple[str, ...], knee: bool, as_json: bool, out: Path, force: bool) -> None:
+    """Write the spec of one subnet of a search FOLDER: within the limits, the best in the first objective."""
+    from qdeploy.errors import RecipeError
+    from qdeploy.files import canonical_json, write_atomic
+    from qdeploy.search.front import pick as choose
+    from qdeploy.search.front import read_front
+
+    if out.exists() and not force:
+        raise RecipeError(f"{out} exists: choose another name or add --force")
+    member = choose(read_front(folder), limits, knee)
+    write_atomic(out, canonical_json(member.spec.to_json()))
+    source = "measured" if member.measured else "predicted"
+    values = dict(member.measured or member.predicted)
+    if as_json:
+        click.echo(json.dumps({"spec_id": member.spec.id, "source": source, "values": values}))
+        return
+    click.echo(f"{out}: spec {member.spec.id}, {source}: " + ", ".join(f"{k} {v:.6g}" for k, v in values.items()))

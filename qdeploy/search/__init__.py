@@ -1,0 +1,1 @@
+"""Search: which subnet is best under constraints, by predictors that measured points correct."""

@@ -1,0 +1,363 @@
+"""`qdeploy search`: sample, predict, search, measure the front for real, learn from it, and again.
+
+DIR: search.json (what was asked for), specs.jsonl and scores.jsonl (as `qdeploy evaluate` has them), TARGET.jsonl
+(measured on the device), foretold.jsonl (predicted before it was measured), geometry.npz, round-N.npz (its state),
+history.csv, front.json, front.csv, levels/TARGET.json, report.html and *.png.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qdeploy.errors import ModelError, RecipeError
+from qdeploy.evaluate import evaluate, read_specs, spec_lines
+from qdeploy.extract import calibration_set
+from qdeploy.files import canonical_json, parse_json, read_bytes, sha256, write_atomic
+from qdeploy.quant.network import QuantNet
+from qdeploy.search import folder as names
+from qdeploy.search.baselines import Allocation, Genetic, RandomSearch
+from qdeploy.search.chain import best_chain
+from qdeploy.search.costs import Costs
+from qdeploy.search.device import LEAST, DeviceModel
+from qdeploy.search.encoding import Encoding
+from qdeploy.search.evolve import COLUMNS, Evolution, Frame
+from qdeploy.search.front import NAME, Front, Member, table
+from qdeploy.search.geometry import geometry
+from qdeploy.search.measure import LocalDevice, Measurements, Row, measure
+from qdeploy.search.nsga2 import Nsga2
+from qdeploy.search.objectives import near, parse_bounds, parse_objectives
+from qdeploy.search.predictor import AccuracyPredictor
+from qdeploy.search.problem import Problem, Scored, Values
+from qdeploy.search.strategy import Strategy
+from qdeploy.space import SubnetSpec
+from qdeploy.subnet import check_integer
+from qdeploy.target import Target
+from qdeploy.train.run import load_run
+
+Echo = Callable[[str], None]
+STRATEGIES = ("nsga2", "random", "genetic", "allocation")
+DRAWN = 8  # random subnets measured on a device beside those that show every shape
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a search. `samples`: specs scored before the first round; `measured`: subnets of the front that
+    are scored and measured after each round."""
+
+    objectives: tuple[str, ...]
+    limits: tuple[str, ...]
+    targets: tuple[Target, ...]
+    strategy: str = "nsga2"
+    population: int = 800
+    generations: int = 500
+    rounds: int = 1
+    samples: int = 200
+    measured: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise RecipeError(f"unknown strategy {self.strategy!r}: {near(self.strategy, STRATEGIES)}")
+        targets = [target.name for target in self.targets]
+        if len(set(targets)) < len(targets):
+            raise RecipeError("a target is given twice")
+        parse_objectives(self.objectives, targets)
+        parse_bounds(self.limits, targets)
+
+
+class Search:
+    """One search folder; `run` goes on where a killed one stopped."""
+
+    def __init__(
+        self, run: Path, request: Request, seeds: Sequence[SubnetSpec], out: Path, data_dir: Path | None,
+        processes: int, echo: Echo,
+    ) -> None:  # fmt: skip
+        self.run_folder, self.request, self.out = run, request, out
+        self.data_dir, self.processes, self.echo = data_dir, processes, echo
+        targets = [target.name for target in request.targets]
+        self.objectives = tuple(parse_objectives(request.objectives, targets))
+        self.bounds = tuple(parse_bounds(request.limits, targets))
+        self.recipe, self.net = load_run(run)
+        self.encoding = Encoding(self.net.space)
+        self.known = self.encoding.genomes(seeds)
+        used = [*self.objectives, *(bound.what for bound in self.bounds)]
+        self.scores = any(one.quantity.maximised for one in used)
+        self.targets = request.targets if any(one.quantity.device for one in used) else ()
+        if self.targets:
+            check_integer(self.net)
+        self.digest = sha256(read_bytes(run / "quantized.checkpoint", "the checkpoint", ModelError))[:12]
+        wanted = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(request).items()}
+        wanted |= {"targets": [vars(target) | {"features": list(target.features)} for target in request.targets]}
+        wanted |= {"space": self.net.space.id, "run": self.digest, "seeds": [spec.id for spec in seeds]}
+        names.claim(out, wanted)
+
+    # ---- what is known ---------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Tables, first samples, first measurements."""
+        calibration = calibration_set(self.recipe, self.data_dir).images
+        found = names.kept_geometry(self.out / names.GEOMETRY)
+        if found is None:
+            self.echo(f"reading {self.encoding.shape_count} shapes of {len(self.encoding.layers)} layers")
+            found = geometry(self.net, self.encoding, calibration.shape[1:])
+            names.keep_geometry(self.out / names.GEOMETRY, found)
+        self.costs = Costs(self.encoding, found)
+        random = np.random.default_rng(self.request.seed)
+        ends = np.stack([np.zeros(len(self.encoding), np.int64), self.encoding.counts - 1])
+        half = self.request.samples // 2
+        drawn = [self.known, self.encoding.canonical(ends), self.encoding.spread(half, random)]
+        drawn.append(self.encoding.sample(max(0, self.request.samples - half), random))
+        self.samples = self.encoding.unlike(np.concatenate(drawn), self.known[:0])
+        if self.scores:
+            self.score(self.samples)
+        one = partial(measure, self.net, name=self.recipe.name, calibration=calibration, device=LocalDevice())
+        self.measurements = {
+            target.name: Measurements(self.out / f"{target.name}.jsonl", partial(self._one, one, target))
+            for target in self.targets
+        }
+        covering = self.encoding.canonical(self.encoding.covering())
+        extra = self.encoding.spread(max(DRAWN, LEAST - len(covering)), random)
+        self.measure(self.encoding.unlike(np.concatenate([covering, extra]), covering[:0]))
+
+    @staticmethod
+    def _one(one: Callable[..., Row], target: Target, spec: SubnetSpec) -> Row:
+        return one(spec, target=target)
+
+    def score(self, genomes: np.ndarray) -> None:
+        """Score specs for real, those that are scored already not again."""
+        path = self.out / names.SPECS
+        held = read_specs(path) if path.exists() else []
+        fresh = [spec for spec in self.encoding.specs(genomes) if spec not in set(held)]
+        if fresh:
+            write_atomic(path, spec_lines([*held, *fresh]))
+        rows = evaluate(self.run_folder, path, self.out / names.SCORES, self.processes, self.data_dir, self.echo)
+        self.accuracy = {row["spec_id"]: float(row["accuracy"]) for row in rows}
+        self.scored = self.encoding.genomes([SubnetSpec.from_json(row["spec"]) for row in rows])
+
+    def measure(self, genomes: np.ndarray) -> None:
+        """Measure specs on every target."""
+        specs = self.encoding.specs(genomes)
+        for target, found in self.measurements.items():
+            fresh = [spec for spec in specs if spec.id not in found.rows]
+            for count, spec in enumerate(fresh, 1):
+                row = found.of(spec)
+                self.echo(f"{target}: {count}/{len(fresh)} subnets measured, {row['latency_ms']:.4f} ms")
+
+    # ---- a round ---------------------------------------------------------------------------------------------------
+
+    def problem(self) -> Problem:
+        """Predictors of all that is known now."""
+        parts: list[Callable[[np.ndarray], Values]] = [self.costs]
+        if self.scores:
+            values = np.array([self.accuracy[spec.id] for spec in self.encoding.specs(self.scored)])
+            predictor = AccuracyPredictor(self.encoding.one_hot(self.scored), values, self.request.seed)
+            self.echo(predictor.advice())
+            parts.append(lambda genomes: {"accuracy": predictor(self.encoding.one_hot(genomes))[0]})
+        for target, found in self.measurements.items():
+            model = DeviceModel(self.costs, list(found.rows.values()))
+            self.echo(f"{target}: {len(found.rows)} subnets measured; left out one by one: {model.advice()}")
+            parts.append(partial(_of_target, model, target))
+        return Problem(self.encoding, self.objectives, self.bounds, partial(_all_of, parts))
+
+    def strategy(self, problem: Problem, seeds: np.ndarray, round_: int) -> Strategy:
+        """The way to search that was asked for."""
+        arguments = (problem, self.request.population, self.request.seed + round_, seeds)
+        simple: dict[str, type[Strategy]] = {"nsga2": Nsga2, "random": RandomSearch, "genetic": Genetic}
+        if self.request.strategy in simple:
+            return simple[self.request.strategy](*arguments)
+        if not isinstance(self.net, QuantNet):
+            raise RecipeError("strategy allocation shares out the bit planes of a run of method vertical: use nsga2")
+        return Allocation(*arguments, *allocation_tables(self.net, self.encoding))
+
+    def check_reachable(self, problem: Problem) -> None:
+        """Refuse a limit that even the least genome breaks, before hours are spent."""
+        if not self.bounds:
+            return
+        random = np.random.default_rng(self.request.seed)
+        least = np.zeros((1, len(self.encoding)), np.int64)
+        seen = problem.score(np.concatenate([least, self.encoding.spread(1000, random)]))
+        hopeless = (seen.violations > 0).all(0) & (seen.violations.argmin(0) == 0)
+        if hopeless.any():
+            problem.check_reachable(seen)
+
+    def round(self, number: int, seeds: np.ndarray) -> Scored:
+        """Search, then score and measure a spread part of the front; returns the members."""
+        problem = self.problem()
+        self.check_reachable(problem)
+        path = self.out / f"round-{number + 1}.npz"
+        evolution = Evolution(self.strategy(problem, seeds, number), self.request.generations, path, number)
+        members = evolution.run(self.echo)
+        self.history += evolution.history
+        problem.check_reachable(members)
+        chosen = spread_part(members, self.request.measured)
+        self.foretell(number, problem, members.genomes[chosen])
+        if self.scores and len(chosen):
+            self.score(members.genomes[chosen])
+        self.measure(members.genomes[chosen])
+        return members
+
+    def foretell(self, number: int, problem: Problem, genomes: np.ndarray) -> None:
+        """Write down what is predicted of subnets before they are measured, so that it can be compared honestly."""
+        path = self.out / names.FORETOLD
+        rows = [] if not path.exists() else read_rows(path)
+        if not any(row["round"] == number for row in rows):
+            values, specs = problem.predict(genomes), self.encoding.specs(genomes)
+            for i, spec in enumerate(specs):
+                said = {key: float(column[i]) for key, column in values.items()}
+                rows.append({"round": number, "spec": spec.to_json(), "predicted": said})
+            write_atomic(path, b"".join(canonical_json(row) for row in rows))
+        self.foretold = rows
+
+    def run(self) -> Front:
+        """All rounds; writes and returns the front."""
+        self.prepare()
+        seeds = self.known if self.request.strategy == "random" else np.concatenate([self.known, self.samples[-16:]])
+        self.history: list[list[float]] = []
+        members: Scored | None = None
+        for number in range(self.request.rounds):
+            members = self.round(number, seeds)
+            seeds = np.concatenate([self.known, members.genomes[members.front]])
+        assert members is not None
+        problem = self.problem()
+        front = self.front(problem, members)
+        self.write(front)
+        if len(self.targets) > 1 and self.scores and problem.targets:
+            chain = best_chain(problem, members.genomes)
+            for target, genome in chain.levels:
+                spec = self.encoding.specs(genome[None])[0]
+                write_atomic(self.out / "levels" / f"{target}.json", canonical_json(spec.to_json()))
+        return front
+
+    # ---- results ---------------------------------------------------------------------------------------------------
+
+    def measured(self, spec: SubnetSpec, predicted: dict[str, float]) -> dict[str, float]:
+        """All values of a spec that was scored and measured on every target; empty for any other."""
+        found = dict(predicted)
+        if self.scores:
+            if spec.id not in self.accuracy:
+                return {}
+            found["accuracy"] = self.accuracy[spec.id]
+        for target, known in self.measurements.items():
+            if spec.id not in known.rows:
+                return {}
+            row = known.rows[spec.id]
+            found |= {f"{key}@{target}": float(row[key]) for key in ("latency_ms", "download_kib", "peak_memory_kib")}
+        return found
+
+    def front(self, problem: Problem, members: Scored) -> Front:
+        """Measured subnets that nothing measured dominates, then those of the last round that are predicted only."""
+        again = problem.score(members.genomes)
+        last = again.genomes[again.front]
+        known = self.scored if self.scores else members.genomes[:0]
+        genomes = self.encoding.unlike(np.concatenate([known, last]), known[:0])
+        values, specs = problem.predict(genomes), self.encoding.specs(genomes)
+        rows = []
+        for i, spec in enumerate(specs):
+            predicted = {key: float(column[i]) for key, column in values.items()}
+            rows.append(Member(spec, predicted, self.measured(spec, predicted)))
+        real = [i for i, row in enumerate(rows) if row.measured]
+        kept: list[Member] = []
+        if real:
+            table_ = {key: np.array([rows[i].measured[key] for i in real]) for key in values}
+            signs = [-1.0 if one.quantity.maximised else 1.0 for one in self.objectives]
+            minimised = np.stack([s * table_[one.key] for s, one in zip(signs, self.objectives, strict=True)], 1)
+            scored = Scored(genomes[real], minimised, problem.violations(table_, len(real)))
+            kept = [rows[real[i]] for i in scored.front]
+        ids = {spec.id for spec in self.encoding.specs(last)}
+        kept += [row for row in rows if not row.measured and row.spec.id in ids]
+        keys = tuple(one.key for one in self.objectives)
+        return Front(self.net.space.id, self.digest, keys, tuple(t.name for t in self.targets), tuple(kept))
+
+    def description(self, front: Front) -> dict[str, Any]:
+        """What `qdeploy.report.front.write_report` shows."""
+        compared = ["accuracy"] if self.scores else []
+        compared += [f"latency_ms@{target.name}" for target in self.targets]
+        members = [
+            {
+                "id": member.spec.id,
+                "predicted": member.predicted,
+                "measured": member.measured,
+                "bits": {entry.layer: entry.weight_bits for entry in member.spec.layers},
+            }
+            for member in sorted(front.members, key=lambda m: m.value(front.objectives[0]))
+        ]
+        pairs = []
+        for row in self.foretold:
+            measured = self.measured(SubnetSpec.from_json(row["spec"]), row["predicted"])
+            pairs.append({key: (row["predicted"][key], measured[key]) for key in compared if measured})
+        limits = ", ".join(self.request.limits) or "no limits"
+        text = f"{self.recipe.name}: {self.request.strategy}, {limits}; run {self.digest}, space {self.net.space.id}."
+        return {
+            "title": f"Search of {self.recipe.name}",
+            "text": text,
+            "objectives": list(front.objectives),
+            "layers": self.encoding.layers,
+            "history": self.history,
+            "compared": {key: [pair[key] for pair in pairs if pair] for key in compared},
+            "members": members,
+        }
+
+    def write(self, front: Front) -> None:
+        """front.json, front.csv, history.csv."""
+        write_atomic(self.out / NAME, front.to_bytes())
+        write_atomic(self.out / "front.csv", csv_bytes(*table(front)))
+        write_atomic(
+            self.out / names.HISTORY, csv_bytes(list(COLUMNS), [[*map(int, row[:-1]), row[-1]] for row in self.history])
+        )
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """JSON objects of a file of ours, one a line; raises ModelError."""
+    lines = read_bytes(path, "the rows", ModelError).splitlines()
+    return [parse_json(line, f"{path} line {number}", ModelError) for number, line in enumerate(lines, 1)]
+
+
+def _all_of(parts: Sequence[Callable[[np.ndarray], Values]], genomes: np.ndarray) -> Values:
+    return {key: column for part in parts for key, column in part(genomes).items()}
+
+
+def _of_target(model: DeviceModel, target: str, genomes: np.ndarray) -> Values:
+    return {f"{key}@{target}": column for key, column in model(genomes).items()}
+
+
+def csv_bytes(head: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:
+    """A CSV file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def spread_part(members: Scored, count: int) -> np.ndarray:
+    """Indices of `count` members of the front: the best in the first objective, then always the farthest one."""
+    front = members.front
+    if len(front) <= count or not count:
+        return front[:count]
+    frame = Frame.around(members.minimised[front])
+    points = (members.minimised[front] - frame.low) / (frame.high - frame.low)
+    chosen = [int(points[:, 0].argmin())]
+    while len(chosen) < count:
+        distance = np.linalg.norm(points[:, None, :] - points[chosen][None], axis=2).min(1)
+        chosen.append(int(distance.argmax()))
+    return np.asarray(front[chosen])
+
+
+def allocation_tables(net: QuantNet, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
+    """Squared errors and coded bytes of each layer at each width, [L, bits]; infinite and 0 where there is no width."""
+    from qdeploy.allocate import layer_options
+    from qdeploy.space import MAX_BITS
+
+    errors, sizes = (np.full((len(encoding.layers), MAX_BITS + 1), v) for v in (np.inf, 0.0))
+    for row, name in enumerate(encoding.layers):
+        for option in layer_options(net, net.steps[name]):
+            errors[row, option.bits], sizes[row, option.bits] = option.error, option.bytes
+    return errors, sizes

@@ -1,0 +1,145 @@
+"""The whole search on a trained network: scored, searched, scored again, picked; killed and resumed; bad requests."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from qdeploy.cli import main
+from qdeploy.evaluate import Judge
+from qdeploy.extract import read_spec
+from qdeploy.search import predictor
+from qdeploy.search import run as module
+from qdeploy.search.front import read_front
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--samples", 10, "--population", 24, "--generations", 6, "--measure", 2, "--rounds", 2)
+QUESTION = ("--objective", "accuracy", "--objective", "bitops", "--max", "weights_kib=6")
+
+
+@pytest.fixture(autouse=True)
+def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictor, "STEPS", (40, 40))
+
+
+def call(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def searched(elastic_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("search") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictor, "STEPS", (40, 40))
+        code, text, error = call("search", elastic_run, *QUESTION, *SMALL, "-o", out)
+    assert code == 0, error
+    assert "of them measured" in text and "Kendall tau" in error
+    return out
+
+
+def test_the_picked_subnet_keeps_its_limits_when_it_is_counted(
+    elastic_run: Path, searched: Path, tmp_path: Path
+) -> None:
+    front = read_front(searched)
+    assert front.objectives == ("accuracy", "bitops")
+    real = [member for member in front.members if member.measured]
+    assert real and all(member.measured["weights_kib"] <= 6 for member in real)
+    spec = tmp_path / "best.json"
+    code, text, _ = call("pick", searched, "--max", "weights_kib=5.5", "-o", spec, "--json")
+    found = json.loads(text)
+    assert code == 0 and found["source"] == "measured" and found["values"]["weights_kib"] <= 5.5
+    chosen, judge = read_spec(spec), Judge(elastic_run, None)
+    assert judge.score(chosen) == found["values"]["accuracy"]
+    layers = {step.name: step.module for step in judge.net.graph.layers}
+    counted = sum(-(-layers[e.layer].weight.numel() * e.weight_bits // 8) for e in chosen.layers)  # type: ignore[union-attr, operator]
+    assert counted / 1024 == found["values"]["weights_kib"]
+    assert call("pick", searched, "--knee", "-o", spec)[0] == 2
+    assert call("pick", searched, "--knee", "-o", spec, "--force")[0] == 0
+
+
+def test_what_is_written(searched: Path) -> None:
+    with (searched / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["round"], row["generation"]) for row in rows] == [
+        (str(r), str(g)) for r in range(2) for g in range(1, 7)
+    ]
+    for name in ("front", "hypervolume", "agreement", "bits"):
+        assert (searched / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (searched / "report.html").read_text()
+    assert page.count("<svg") == 4 and 'src="' not in page and 'href="http' not in page
+    foretold = [json.loads(line) for line in (searched / "foretold.jsonl").read_text().splitlines()]
+    scored = {json.loads(line)["spec_id"] for line in (searched / "scores.jsonl").read_text().splitlines()}
+    assert {row["round"] for row in foretold} == {0, 1} and len(scored) >= 12
+
+
+def test_a_killed_search_ends_in_the_same_front(
+    elastic_run: Path, searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    real, calls = module.Search.score, iter(range(10))
+
+    def killed(self: module.Search, genomes: object) -> None:
+        if next(calls) == 1:  # after the first round's generations
+            raise KeyboardInterrupt
+        real(self, genomes)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Search, "score", killed)
+        assert call("search", elastic_run, *QUESTION, *SMALL, "-o", out)[0] == 130
+    assert (out / "round-1.npz").exists() and not (out / "front.json").exists()
+    assert call("search", elastic_run, *QUESTION, *SMALL, "-o", out)[0] == 0
+    assert (out / "front.json").read_bytes() == (searched / "front.json").read_bytes()
+    assert (out / "history.csv").read_bytes() == (searched / "history.csv").read_bytes()
+
+
+def test_bad_requests_are_one_line(elastic_run: Path, searched: Path, tmp_path: Path) -> None:
+    ask = ("search", elastic_run, "-o", tmp_path / "out", "--samples", 10, "--population", 8, "--generations", 2)
+    for arguments, text in [
+        (("--objective", "acuracy"), "did you mean accuracy"),
+        (("--objective", "accuracy", "--max", "weights_mb=4"), "write weights_kib"),
+        (("--objective", "latency"), "name one with --target"),
+        (("--objective", "bitops", "--strategy", "nsga3"), "did you mean nsga2"),
+        (("--objective", "bitops", "--max", "weights_kib=0.1"), "is reachable"),
+        ((), "needs an objective"),
+    ]:
+        code, _, error = call(*ask, *arguments)
+        assert code == 2 and text in error and error.strip().count("\n") <= 2, error
+    other = ("search", elastic_run, "--objective", "accuracy", *SMALL, "-o", searched)
+    code, _, error = call(*other)
+    assert code == 2 and "another search (limits, objectives differ)" in error
+    (tmp_path / "file").write_text("x")
+    code, _, error = call("search", elastic_run, "--objective", "bitops", "-o", tmp_path)
+    assert code == 2 and "holds no search" in error
+    code, _, error = call(
+        "search", elastic_run, "--objective", "bitops", "--strategy", "allocation", "-o", tmp_path / "a"
+    )
+    assert code == 2 and "method vertical" in error
+
+
+def test_a_subnet_measured_on_this_machine(elastic_run: Path, tmp_path: Path) -> None:
+    from qdeploy.data import load
+    from qdeploy.search.measure import LocalDevice, Measurements, measure
+    from qdeploy.target import load_target
+    from qdeploy.train.run import load_run
+
+    recipe, net = load_run(elastic_run)
+    images, target = load("fashion-mnist", "sample").images, load_target(ROOT / "targets" / "host.toml")
+    calls: list[str] = []
+
+    def one(spec: object) -> dict[str, object]:
+        calls.append("now")
+        return measure(net, spec, recipe.name, images, target, LocalDevice())  # type: ignore[arg-type]
+
+    path, spec = tmp_path / "host.jsonl", net.uniform(4)
+    row = Measurements(path, one).of(spec)
+    assert Measurements(path, one).of(spec) == row and calls == ["now"]
+    assert row["latency_ms"] > 0 and row["quartiles_ms"][0] <= row["latency_ms"] <= row["quartiles_ms"][1]
+    assert row["peak_memory_kib"] * 1024 == row["packed_bytes"] + row["arena_bytes"] + row["code_bytes"]
+    assert row["download_kib"] * 1024 > 0.3 * row["code_bytes"]
