@@ -19,15 +19,16 @@ def _features(target: Mapping[str, Any]) -> list[str]:
 
 
 def unsuited(target: Mapping[str, Any], machine: str | None = None) -> str | None:
-    """Why a machine (default: this one) cannot run code for `target`; None when it can."""
-    from qdeploy.target import missing_features
+    """Why a machine (default: this one, whose GPU always counts) cannot run code for `target`; None when it can."""
+    from qdeploy.target import gpu_problem, missing_features
 
     machine = machine or platform.machine()
     if target.get("arch") != machine:
         return f"it is for {target.get('arch')}, this machine is {machine}"
     if lacking := missing_features(_features(target)):
         return f"this machine's cpu lacks {', '.join(lacking)}"
-    return None
+    gpu = target.get("gpu")
+    return None if gpu is None else gpu_problem(str(gpu))
 
 
 def describe(artifact: Artifact) -> str:
@@ -39,7 +40,7 @@ def choose_artifact(manifest: Manifest, target: str | None) -> tuple[int | None,
     """(index of the artifact to fetch, None) or (None, why there is none).
 
     `target` names a hardware class and is taken without looking at this machine, which may be a gateway; BundleError
-    when the release has none of that name. Otherwise the suited one with the most features wins.
+    when the release has none of that name. Otherwise the suited one with the most features wins, those for a GPU first.
     """
     if target is not None:
         for index, artifact in enumerate(manifest.artifacts):
@@ -54,7 +55,12 @@ def choose_artifact(manifest: Manifest, target: str | None) -> tuple[int | None,
     if not suited:
         rows = zip(manifest.artifacts, reasons, strict=True)
         return None, "; ".join(f"{describe(artifact)}: {reason}" for artifact, reason in rows)
-    return max(suited, key=lambda index: (len(_features(manifest.artifacts[index].target)), -index)), None
+
+    def rank(index: int) -> tuple[bool, int, int]:
+        wanted = manifest.artifacts[index].target
+        return "gpu" in wanted, len(_features(wanted)), -index
+
+    return max(suited, key=rank), None
 
 
 def unpack_artifact(folder: Path, manifest: Manifest, index: int, read: ReadPiece) -> Path:

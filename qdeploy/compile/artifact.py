@@ -12,7 +12,9 @@ was compiled with its constants has a level of its own: `artifact.run(images)`.
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,7 +72,10 @@ class Artifact:
         self.input_shape = tuple(head["inputs"][0]["shape"])
         self.output_shape = tuple(head["outputs"][0]["shape"])
         self._codes: str = head["outputs"][0]["codes"]  # "": the output has none
-        names = ("prepare", "main", "profile", "join", *(["codes"] if self._codes else []))
+        self._on_gpu = "gpu" in variant["target"]
+        self._arena = 1 if self._on_gpu else self.arena_bytes  # the GPU's own memory is the library's concern
+        gpu = ["device", "upload", "release"] if self._on_gpu else []
+        names = ("prepare", "main", "profile", "join", *(["codes"] if self._codes else []), *gpu)
         self._functions = {name: library[name] for name in names}
         self._free: dict[str, list[tuple[_Shared, _Shared, _Shared]]] = {}  # by function: `_buffers`
         self._constant = None if packed is None else self._packed(np.frombuffer(packed, np.uint8))
@@ -78,8 +83,33 @@ class Artifact:
     def prepare(self, params: Mapping[str, np.ndarray]) -> Packed:
         """Pack one level. `params`: ONNX initializer name -> array; names that no kernel reads are ignored.
 
-        Raises DeviceError that names the first parameter which is missing or has another dtype or shape.
+        For a GPU they are copied to it, once. Raises DeviceError that names the first parameter which is missing or has
+        another dtype or shape, or what is wrong with the GPU.
         """
+        return self._uploaded(self.pack(params))
+
+    def connect(self) -> str | None:
+        """The name of the GPU that this artifact runs on, its stored level copied to it; None for processors.
+
+        Raises DeviceError where there is no driver, no GPU, or one of another architecture.
+        """
+        if not self._on_gpu:
+            return None
+        name = _Shared((256,), "uint8")
+        self._guarded("device", name.tensor)
+        if self._constant is not None:
+            self._uploaded(self._constant)
+        return name.array.tobytes().rstrip(bytes(1)).decode(errors="replace")
+
+    def _uploaded(self, packed: Packed) -> Packed:
+        """`packed`, for a GPU in its memory until nobody refers to it any more."""
+        if self._on_gpu:
+            self._guarded("upload", packed.tensor)
+            weakref.finalize(packed, self._functions["release"], packed.tensor).atexit = False
+        return packed
+
+    def pack(self, params: Mapping[str, np.ndarray]) -> Packed:
+        """`prepare` without a GPU: what it returns can be stored, not run there."""
         arrays = [self._checked(param, params) for param in self.params]
         addresses = np.array([array.ctypes.data for array in arrays], np.int64)
         packed = self._packed(np.zeros(self.description["packed_bytes"], np.uint8))
@@ -120,9 +150,9 @@ class Artifact:
 
     def runner(self, x: np.ndarray, packed: Packed | None = None) -> Callable[[], Any]:
         """A function without arguments that runs `main` on a fixed input, for timing: no copies in or out."""
-        args = (self._input(x), self._level(packed).tensor, _empty((self.arena_bytes,), "uint8"))
+        image, level, arena = self._input(x), self._level(packed), _empty((self._arena,), "uint8")
         output, main = _empty(self.output_shape, "float32"), self._functions["main"]
-        return lambda: main(*args, output)
+        return lambda: main(image, level.tensor, arena, output)
 
     def ticks(self, x: np.ndarray, packed: Packed | None = None) -> Callable[[], np.ndarray]:
         """A function without arguments that runs on a fixed input: int64 [calls], nanoseconds in each kernel.
@@ -131,10 +161,10 @@ class Artifact:
         """
         count = sum(len(row["functions"]) for row in self.description["kernels"])
         times, output = _empty((count,), "int64"), _empty(self.output_shape, "float32")
-        args = (self._input(x), self._level(packed).tensor, _empty((self.arena_bytes,), "uint8"), output, times)
+        image, level, arena = self._input(x), self._level(packed), _empty((self._arena,), "uint8")
 
         def run() -> np.ndarray:
-            self._guarded("profile", *args)
+            self._guarded("profile", image, level.tensor, arena, output, times)
             return np.array(times.numpy())
 
         return run
@@ -154,7 +184,7 @@ class Artifact:
             found = free.pop()
         except IndexError:
             found = (
-                _Shared(self.input_shape, "float32"), _Shared((self.arena_bytes,), "uint8"),
+                _Shared(self.input_shape, "float32"), _Shared((self._arena,), "uint8"),
                 _Shared(self.output_shape, dtype),
             )  # fmt: skip
         try:
@@ -170,6 +200,8 @@ class Artifact:
         try:
             self._functions[function](*args)
         except (RuntimeError, ValueError, TypeError) as e:
+            if self._on_gpu:
+                raise DeviceError(_reason(e)) from e
             raise DeviceError(f"the artifact cannot run ({_reason(e)}): fetch or compile it again") from e
 
     def _level(self, packed: Packed | None) -> Packed:
@@ -352,15 +384,19 @@ def load_artifact(folder: Path) -> Artifact:
     packed = read_file(folder, head, variant["packed"]) if head["constant"] else None
     if packed is not None and len(packed) != variant["packed_bytes"]:
         raise CompileError(f"{folder / variant['packed']} has another length than {DESCRIPTION} says: compile again")
-    return opened(head, variant, library, packed)
+    artifact = opened(head, variant, library, packed)
+    artifact.connect()
+    return artifact
 
 
 def _suited(variants: list[Description]) -> Description:
     """The first variant that this machine can run; raises DeviceError that says what each lacks."""
-    reasons = []
+    reasons, machine = [], platform.machine()
     for variant in variants:
         name, features = variant["target"].get("name"), variant["target"]["features"]
-        if lacking := missing_features(features):
+        if (arch := variant["target"].get("arch", machine)) != machine:  # without one, the library's identity is wrong
+            reasons.append(f"target {name} is for {arch} machines, this one is {machine}")
+        elif lacking := missing_features(features):
             reasons.append(f"this machine's cpu lacks {', '.join(lacking)}, which target {name} needs")
         elif set(TILE_FEATURES) & set(features) and not request_tiles():
             reasons.append(f"this system keeps AMX tiles from processes (Linux gives them from 5.16 on), for {name}")

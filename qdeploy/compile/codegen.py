@@ -7,8 +7,10 @@ register buffers in place. Kernels are external functions of objects of their ow
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -43,15 +45,16 @@ MODULE = "target.build.llvm"
 
 def library(
     kernels: Mapping[str, tirx.PrimFunc], entries: Mapping[str, tirx.PrimFunc], target: Any, identity: str,
-    dump: Path | None = None, common: Mapping[str, tirx.PrimFunc] | None = None,
+    dump: Path | None = None, common: Mapping[str, tirx.PrimFunc] | None = None, more: Sequence[bytes] = (),
 ) -> bytes:  # fmt: skip
     """The shared library that exports `entries`, which call `kernels` by name.
 
     `target`: tvm.target.Target. `identity`: hex digits that the library carries as its build id. `dump`: a folder for
-    the functions after each phase. `common` is exported too: what is the same in many libraries, and remembered.
+    the functions after each phase. `common` is exported too: what is the same in many libraries, and remembered; so is
+    what the object files `more` export.
     Equal input gives equal bytes. Raises CompileError when there is no linker.
     """
-    compiler = linker()
+    compiler = linker(arch_of(target))
     names = list(kernels)
     jobs: list[tuple[str, dict[str, tirx.PrimFunc], list[Phase]]] = [("entry", dict(entries), ENTRY_PHASES)]
     for i in range(PARTS):
@@ -67,6 +70,9 @@ def library(
         if common:
             objects.append(Path(folder) / "common.o")
             tasks.insert(0, partial(write_common, common, target, objects[-1], dump and Path(dump) / "common"))
+        for i, data in enumerate(more):
+            objects.append(Path(folder) / f"more{i}.o")
+            objects[-1].write_bytes(data)
         share(tasks, Path(folder))
         return link(compiler, objects, identity, Path(folder) / "lib.so")
 
@@ -145,12 +151,33 @@ def start(tasks: Sequence[Callable[[], None]], note: Path) -> int:
         os._exit(code)  # neither handlers nor buffers of the process that was copied
 
 
-def linker() -> str:
-    """The C++ compiler that links; raises CompileError when there is none."""
-    compiler = cc.get_cc()
-    if compiler is None or shutil.which(compiler) is None:
-        raise CompileError("linking needs a C++ compiler: install one (Debian: apt install g++) or set CXX")
-    return str(compiler)
+def arch_of(target: Any) -> str:
+    """The arch that a tvm.target.Target is for."""
+    return str(target.attrs["mtriple"]).partition("-")[0]
+
+
+def linker(arch: str = "") -> str:
+    """The C++ compiler that links for machines of `arch` (default: this one); raises CompileError when there is none.
+
+    For others: what the environment variable names, the compiler of Debian's packages, or the one under .venv/cross.
+    """
+    if arch in ("", platform.machine()):
+        compiler = cc.get_cc()
+        if compiler is None or shutil.which(compiler) is None:
+            raise CompileError("linking needs a C++ compiler: install one (Debian: apt install g++) or set CXX")
+        return str(compiler)
+    name, variable = f"{arch}-linux-gnu-g++", f"QDEPLOY_CROSS_{arch.upper()}"
+    given = os.environ.get(variable)
+    if given and shutil.which(given) is None:
+        raise CompileError(f"{variable} names {given}, which is no program here: name a C++ compiler for {arch}")
+    found = given or shutil.which(name) or shutil.which(str(Path(sys.prefix, "cross", "usr", "bin", name)))
+    if found is None:
+        package = f"g++-{arch.replace('_', '-')}-linux-gnu"
+        raise CompileError(
+            f"linking for {arch} needs the cross-compiler {name}: install it (Debian: apt install {package}), "
+            f"unpack one under {sys.prefix}/cross (make cross), or name one in {variable}"
+        )
+    return found
 
 
 def link(compiler: str, objects: Sequence[Path], identity: str, out: Path) -> bytes:

@@ -74,7 +74,7 @@ class Lowering:
     def __init__(self, graph: Graph, dot: Dot, threads: int, indices: bool, choices: Mapping[ConvSpec, Choice]) -> None:
         self.graph, self.dot, self.threads = ready(graph), dot, threads
         self.indices, self.choices = indices, choices
-        self.lanes = max(8, dot.lanes)
+        self.lanes = 16 if dot.neon else max(8, dot.lanes)  # codes that are moved at once
         borders = self.graph.borders()
         self.layouts = {n: Layout(*t.shape, borders[n]) for n, t in self.graph.tensors.items()}
         self.batch = graph.input_shape[0]
@@ -182,7 +182,7 @@ class Lowering:
         x, y = self.layouts[op.inputs[0].tensor], self.layouts[op.output]
         threads = self.threads if multiply_adds(op, x, y) >= THREAD_WORK else 1
         assert op.weights is not None
-        narrow = self.dot.instruction == "pmaddwd" and op.weights.narrow
+        narrow = op.weights.reach <= self.dot.reach
         indices = self.indices and op.weights.few
         spec = ConvSpec(x, y, op.window, op.groups, self.dot, threads, narrow, indices, self._fused(op))
         return replace(spec, choice=self.choices.get(spec))

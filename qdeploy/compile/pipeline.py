@@ -20,6 +20,9 @@ import numpy as np
 
 from qdeploy.compile.artifact import DESCRIPTION, FORMAT, identity, opened
 from qdeploy.compile.codegen import library
+from qdeploy.compile.cuda.library import cuda_library
+from qdeploy.compile.cuda.lower import CudaProgram, lower_cuda
+from qdeploy.compile.cuda.spec import DOT, gpu_of
 from qdeploy.compile.dump import write_phases
 from qdeploy.compile.entry import arena_bytes, entry_functions
 from qdeploy.compile.fuse import fuse, parts
@@ -73,6 +76,7 @@ def compile_model(
     """
     say, options = echo or (lambda text: None), options or Options()
     targets = [resolve(one) for one in ([target] if isinstance(target, Target) else target)]
+    check_gpus(targets, options)
     if options.constant:
         check_runs_here(targets, "packing constants", "--constant")
     if options.tune:
@@ -84,7 +88,7 @@ def compile_model(
         head = describe(graph, targets, graph_digest(data), options)
         for resolved in targets:
             counts = f"{len(graph.ops)} operators, {len(graph.params)} parameters"
-            say(f"{counts}, for {resolved.cpu} ({resolved.dot.instruction})")
+            say(f"{counts}, for {resolved.target.gpu or resolved.cpu} ({target_json(resolved)['dot']})")
             name = f"-{resolved.target.name}" if len(targets) > 1 else ""
             phases = dump and Path(dump) / name.strip("-")
             code, variant = build(graph, resolved, head, f"lib{name}.so", phases, options, say)
@@ -104,13 +108,14 @@ def build(
     """The library for one target and its entry of artifact.json; raises CompileError."""
     options = options or Options()
     try:
-        fused = fuse(graph, resolved.dot.lookup != "none")
+        gpu = resolved.target.gpu
+        fused = fuse(graph, bool(gpu) or resolved.dot.lookup != "none")
         how = (fused, resolved.dot, options.threads, options.indices)
         chosen = {}
         if options.tune or options.cache is not None:
             cache = options.cache or default_cache()
             chosen = choices(convolutions(*how), resolved, cache, options.tune, say)
-        program = lower(*how, chosen)
+        program = lower_cuda(fused, resolved.dot, gpu_of(resolved.target)) if gpu else lower(*how, chosen)
         memory = plan(program.values, program.lives())
         variant = {
             "library": name,
@@ -122,6 +127,8 @@ def build(
         }
         if dump is not None:
             write_phases(dump, graph, fused, program, memory)
+        if isinstance(program, CudaProgram):
+            return cuda_library(program, memory, resolved, identity(head, variant), dump), variant
         entries, common = entry_functions(graph, program, memory), {"join": join_kernel("join", resolved.features)}
         return library(program.kernels, entries, resolved.tvm, identity(head, variant), dump, common), variant
     except (RuntimeError, ValueError, TypeError) as e:
@@ -145,6 +152,16 @@ def check_runs_here(targets: Sequence[Resolved], what: str, option: str) -> None
             )
 
 
+def check_gpus(targets: Sequence[Resolved], options: Options) -> None:
+    """Raise for a GPU that cannot be compiled for, and for options that only processors have."""
+    for resolved in targets:
+        if resolved.target.gpu:
+            gpu_of(resolved.target)
+            if options.threads > 1 or options.indices or options.tune:
+                what = "--threads, --weights packed and --tune are for processors"
+                raise CompileError(f"{what}: leave them out for target {resolved.target.name}")
+
+
 def add_file(folder: Path, head: Description, name: str, data: bytes) -> None:
     """Write a file of the artifact and its digest."""
     write_atomic(folder / name, data)
@@ -154,7 +171,7 @@ def add_file(folder: Path, head: Description, name: str, data: bytes) -> None:
 def store_packed(folder: Path, head: Description, values: Mapping[str, np.ndarray]) -> None:
     """Pack `values` with each library and write the results beside them."""
     for variant in head["variants"]:
-        packed = opened(head, variant, (folder / variant["library"]).read_bytes()).prepare(values)
+        packed = opened(head, variant, (folder / variant["library"]).read_bytes()).pack(values)
         add_file(folder, head, variant["packed"], packed.tensor.numpy().tobytes())
     write_atomic(folder / DESCRIPTION, canonical_json(head))
 
@@ -190,13 +207,14 @@ def describe(graph: Graph, targets: Sequence[Resolved], digest: str, options: Op
 def target_json(resolved: Resolved) -> Description:
     """A target as artifact.json has it."""
     target = resolved.target
-    return {
+    gpu = {"gpu": target.gpu} if target.gpu else {}
+    return gpu | {
         "name": target.name,
         "arch": target.arch,
         "kind": target.kind,
         "cpu": resolved.cpu,
         "features": list(resolved.features),
-        "dot": resolved.dot.instruction,
+        "dot": DOT if target.gpu else resolved.dot.instruction,
     }
 
 
@@ -217,7 +235,7 @@ def kernel_rows(program: Program) -> list[Description]:
             row |= {"way": asdict(way(spec)), "weight_bytes": spec.weight_bytes}
             row |= {"weights": "4-bit" if spec.packed else "int8"}
     for call in program.way_out:
-        label = call.kernel.rpartition("_")[0]
+        label = call.kernel.rpartition("_")[0] or call.kernel
         shape = list(program.graph.shape_of(program.graph.result))
         row = {"name": label, "operator": label, "inputs": [shape], "output": shape}
         row |= {"arithmetic": "float", "reason": "the output is float32", "bytes": call.bytes}
