@@ -37,7 +37,7 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--rounding", type=click.Choice(["least-squares", "nearest"]), help="Of weights."),
         click.option("--first-last", type=click.Choice(["8", "same", "float"]), help="First and last layer."),
         click.option("--activation-bits", type=click.IntRange(2, 8), help="Of the inputs of layers."),
-        click.option("--equalize", is_flag=True, default=None, help="Cross-layer equalization first."),
+        click.option("--equalize/--no-equalize", default=None, help="Even ranges out by exact rescaling (on)."),
     )
     for option in reversed(options):
         command = option(command)
@@ -60,6 +60,14 @@ def _parts(options: dict[str, Any], weight_bits: int | None) -> tuple[Any, Any, 
     return reading, settings_of(options["settings"], given), shape
 
 
+def _learning(iterations: int) -> Any:
+    """Block reconstruction; loads torch."""
+    from qdeploy.ptq.command import Learning
+    from qdeploy.ptq.reconstruct import reconstruct
+
+    return Learning(reconstruct, iterations)
+
+
 @click.command()
 @click.argument("model", type=PATH)
 @reading_options
@@ -69,6 +77,8 @@ def _parts(options: dict[str, Any], weight_bits: int | None) -> tuple[Any, Any, 
 @click.option("--min-accuracy", type=float, help="MixQuant with a QEM that keeps so many percent right (labels.npy), "
               "or in the float network's class.")  # fmt: skip
 @click.option("--criterion", type=click.Choice(["mse", "relative"]), default="mse", show_default=True)
+@click.option("--reconstruct", "iterations", type=click.IntRange(1), metavar="N",
+              help="Learn the rounding block by block, N steps each; resumes.")  # fmt: skip
 @click.option("--ladder", metavar="2,4,8", help="Nested levels of these weight widths; --out is a folder then.")
 @click.option("--nesting", type=click.Choice(["joint", "truncate"]), default="joint", show_default=True,
               help="Codes chosen for all levels together, or for the top alone.")  # fmt: skip
@@ -77,7 +87,7 @@ def _parts(options: dict[str, Any], weight_bits: int | None) -> tuple[Any, Any, 
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 def quantize(  # noqa: PLR0913, PLR0917
     model: Path, bits: int | None, qem: float | None, max_kib: float | None, min_accuracy: float | None, criterion: str,
-    ladder: str | None, nesting: str, out: Path, force: bool, as_json: bool, **options: Any,
+    iterations: int | None, ladder: str | None, nesting: str, out: Path, force: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Quantize a trained float32 ONNX MODEL with some images: one QDQ file, or levels that `qdeploy bundle` takes."""
     from qdeploy.ptq.command import Search, float_lines, lines, parse_widths, quantize_file, quantize_ladder
@@ -86,8 +96,12 @@ def quantize(  # noqa: PLR0913, PLR0917
     search = Search(qem, max_kib, min_accuracy, criterion)
     if ladder is not None and (search.wanted or bits is not None):
         raise click.UsageError("--ladder gives the widths itself: leave --bits, --mixquant and the bounds out")
+    if ladder is not None and iterations is not None:
+        raise click.UsageError("--reconstruct learns one width: use it without --ladder")
     if ladder is None:
-        found = [(out, quantize_file(model, options["data"], out, reading, settings, search, shape, force, say))]
+        learning = None if iterations is None else _learning(iterations)
+        row = quantize_file(model, options["data"], out, reading, settings, search, shape, force, say, learning)
+        found = [(out, row)]
     else:
         widths = parse_widths(ladder)
         rows = quantize_ladder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,14 @@ class Search:
         return (self.qem, self.max_kib, self.min_accuracy) != (None, None, None)
 
 
+@dataclass(frozen=True)
+class Learning:
+    """Block reconstruction (reconstruct.reconstruct, which loads torch) with so many steps a block."""
+
+    run: Callable[[Calibrated, Mapping[str, int] | None, int, Path, Echo], bytes]
+    iterations: int
+
+
 def settings_of(path: Path | None, given: Mapping[str, Any]) -> Settings:
     """Settings from a TOML file; options that were `given` (not None) win."""
     values = load_settings(path) if path is not None else {}
@@ -57,22 +66,33 @@ def open_calibrated(
 
 def quantize_file(
     model: Path, data: str, out: Path, reading: Reading, settings: Settings, search: Search,
-    shape: tuple[str, tuple[int, ...]] | None, force: bool, echo: Echo,
+    shape: tuple[str, tuple[int, ...]] | None, force: bool, echo: Echo, learning: Learning | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write one QDQ ONNX file and its sidecar; returns the sidecar. Raises RecipeError when a file is there."""
+    """Write one QDQ ONNX file and its sidecar; returns the sidecar. Raises RecipeError when a file is there.
+
+    With `learning`, finished blocks are kept in OUT.blocks until all are learned.
+    """
     for path in (out, Path(f"{out}.json")):
         if path.is_dir() or (path.exists() and not force):
             raise RecipeError(f"{path} exists: choose another name or add --force")
     calibrated, labels = open_calibrated(model, data, reading, settings, shape, echo)
     widths, qem = search_widths(calibrated, search, labels, echo)
-    built = build(calibrated, widths)
+    kept = Path(f"{out}.blocks")
+    if learning is None:
+        built = build(calibrated, widths)
+    else:
+        built = learning.run(calibrated, widths, learning.iterations, kept, echo)
     choices = calibrated.settings.choices(calibrated.layers, widths)
     bits = {name: choice.weight_bits for name, choice in choices.items()}
     sidecar = describe(calibrated, built, model, bits, bits, labels)
     if qem is not None:
         sidecar["mixquant"] = {"qem": qem, "criterion": search.criterion}
+    if learning is not None:
+        sidecar["reconstruction"] = {"iterations": learning.iterations}
     write_atomic(out, built)
     write_atomic(Path(f"{out}.json"), canonical_json(sidecar))
+    if learning is not None:
+        shutil.rmtree(kept)
     return sidecar
 
 

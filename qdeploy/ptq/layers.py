@@ -100,7 +100,7 @@ def patches(
         return flat[_some(len(flat), count, random)][None]
     a, axes = attributes(node), len(kernel)
     strides, dilations = (list(a.get(key, [1] * axes)) for key in ("strides", "dilations"))
-    pads = _pads(a, x.shape[2:], kernel, strides, dilations)
+    pads = spatial_pads(a, x.shape[2:], kernel, strides, dilations)
     sizes = [
         (x.shape[2 + i] + sum(pads[i]) - (kernel[i] - 1) * dilations[i] - 1) // strides[i] + 1 for i in range(axes)
     ]
@@ -120,7 +120,7 @@ def _some(total: int, count: int, random: np.random.Generator) -> np.ndarray:
     return np.arange(total) if total <= count else np.sort(random.choice(total, count, replace=False))
 
 
-def _pads(
+def spatial_pads(
     a: dict[str, object], size: tuple[int, ...], kernel: tuple[int, ...], strides: list[int], dilations: list[int]
 ) -> list[tuple[int, int]]:
     """Zeros before and behind each axis; auto_pad worked out."""

@@ -18,6 +18,7 @@ from qdeploy.ptq.ranges import Grid as ActivationGrid
 from qdeploy.ptq.ranges import find_grid
 from qdeploy.ptq.rounding import least_squares, level_weights, refit_scale
 from qdeploy.ptq.settings import Choice, Settings
+from qdeploy.ptq.streams import balance
 from qdeploy.ptq.weights import Grid, Level, Quantized, fit_grid, ladder_levels, nearest
 from qdeploy.qdq import parse_model
 
@@ -59,14 +60,19 @@ class Calibrated:
 def calibrate(graph: FloatGraph, images: np.ndarray, settings: Settings, echo: Echo | None = None) -> Calibrated:
     """Observe a prepared network on `images`, float32 [n, ...] as it reads them, the batch axis first.
 
-    `graph` is changed when the settings equalize. Raises ModelError when nothing can be quantized, DataError for
-    images that do not fit.
+    With `equalize` the ranges of `graph` are changed, not its function: of weights where a layer has one scale, of the
+    channels of activations where each output channel has its own. Raises ModelError when nothing can be quantized,
+    DataError for images that do not fit.
     """
     say = echo or (lambda text: None)
     check_images(images, graph.shape)
-    if settings.equalize:
-        say(f"equalized {equalize(graph)} pairs of layers")
     placement = place(graph)
+    if settings.equalize and settings.granularity == "tensor":
+        say(f"equalized {equalize(graph)} pairs of layers")
+    elif settings.equalize:
+        owners = sorted(set(placement.owners.values()))
+        count = balance(graph, images, owners, settings.weight_bits, settings.activation_bits)
+        say(f"equalized the channels of {count} streams of activations")
     all_layers = [layer.name for layer in placement.layers]
     if all_layers:
         choices = settings.choices(all_layers)
@@ -99,18 +105,19 @@ def check_images(images: np.ndarray, shape: tuple[int, ...]) -> None:
 def build(calibrated: Calibrated, widths: Widths | None = None) -> bytes:
     """The QDQ ONNX file at `widths` {layer: weight bits}, by default those of the settings."""
     choices = calibrated.settings.choices(calibrated.layers, widths)
-    weights = {
-        layer.name: _weights(calibrated, layer, (choices[layer.name].weight_bits,), choices[layer.name], "joint")
-        for layer in calibrated.placement.layers
-    }
-    tops = {name: found[choices[name].weight_bits] for name, found in weights.items()}
+    tops = {layer.name: layer_weights(calibrated, layer, choices[layer.name]) for layer in calibrated.placement.layers}
     return insert(calibrated.graph, calibrated.placement, choices, activation_grids(calibrated, choices), tops)
+
+
+def layer_weights(calibrated: Calibrated, layer: Layer, choice: Choice) -> Quantized:
+    """One layer's weights at the width of `choice`, rounded by the settings' method."""
+    return _weights(calibrated, layer, (choice.weight_bits,), choice, "joint")[choice.weight_bits]
 
 
 def layer_at(calibrated: Calibrated, layer: Layer, bits: int) -> Quantized:
     """One layer's weights quantized to `bits`, its other choices those of the settings."""
     choice = calibrated.settings.choices(calibrated.layers)[layer.name]
-    return _weights(calibrated, layer, (bits,), choice, "joint")[bits]
+    return layer_weights(calibrated, layer, replace(choice, weight_bits=bits))
 
 
 def ladder_widths(calibrated: Calibrated, ladder: Sequence[int]) -> dict[int, dict[str, int]]:

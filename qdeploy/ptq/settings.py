@@ -50,8 +50,9 @@ class Settings:
     calibration: how the range of an activation is found (ranges.py), `percentile` for that method alone. granularity,
     symmetry: of weights. activation_symmetry: asymmetric is uint8, symmetric int8 with zero point 0. rounding: of
     weights, to the nearest code or by layer-wise least squares (rounding.py). first_last: width of the first and the
-    last layer, "8", "same" as the others or "float". equalize: cross-layer equalization. bias_correction: remove the
-    mean error of each layer's output. rules: what differs for layers by name; a later rule wins.
+    last layer, "8", "same" as the others or "float". equalize: even ranges out between layers by exact rescaling
+    (streams.py; of weights with granularity "tensor", fold.py). bias_correction: remove the mean error of each layer's
+    output. rules: what differs for layers by name; a later rule wins.
     """
 
     weight_bits: int = 8
@@ -63,7 +64,7 @@ class Settings:
     percentile: float = 99.99
     rounding: str = "least-squares"
     first_last: str = "8"
-    equalize: bool = False
+    equalize: bool = True
     bias_correction: bool = True
     rules: tuple[Rule, ...] = ()
 

@@ -263,3 +263,31 @@ def test_the_sensitivity_report_has_every_layer_and_type(folder: Path) -> None:
     page = (out / "sensitivity.html").read_text()
     assert "http" not in page and "<script" not in page and all(row["name"] in page for row in report["layers"])
     refused(call("sensitivity", folder / "net.onnx", "--data", folder / "data", "-o", out), "--force")
+
+
+def test_reconstruction_resumes_and_leaves_no_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qdeploy.ptq import reconstruct as module
+
+    model, out = folder / "net.onnx", folder / "out.onnx"
+    arguments = ("quantize", model, "--data", folder / "data", "--bits", 3, "--reconstruct", 3, "-o", out)
+    learn, count = module.learn_block, 0
+
+    def interrupted(*given: object) -> object:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return learn(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "learn_block", interrupted)
+    assert call(*arguments).exit_code == 130
+    assert not out.exists() and (folder / "out.onnx.blocks" / "block-000.npz").is_file()
+    result = call(*arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "done before" in result.stderr and "block 2 of 3" in result.stderr
+    assert not (folder / "out.onnx.blocks").exists() and count == 4
+    assert json.loads((folder / "out.onnx.json").read_text())["reconstruction"] == {"iterations": 3}
+    ladder = call(
+        "quantize", model, "--data", folder / "data", "--ladder", "2,4", "--reconstruct", 3, "-o", folder / "l"
+    )
+    assert ladder.exit_code == 2 and "without --ladder" in ladder.stderr

@@ -57,7 +57,7 @@ def test_what_stays_in_float_is_named(tmp_path: Path) -> None:
         Settings(calibration="minmax"), Settings(calibration="percentile"), Settings(calibration="entropy"),
         Settings(granularity="tensor"), Settings(granularity="tensor", symmetry="asymmetric"),
         Settings(symmetry="asymmetric"), Settings(activation_symmetry="symmetric"), Settings(rounding="nearest"),
-        Settings(equalize=True), Settings(bias_correction=False),
+        Settings(equalize=False), Settings(bias_correction=False),
     ],
     ids=str,
 )  # fmt: skip
