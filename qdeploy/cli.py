@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from qdeploy import __version__
+from qdeploy.cli_devices import devices, latency_table
 from qdeploy.cli_quantize import quantize, sensitivity
 from qdeploy.cli_search import pick, search
 from qdeploy.errors import QDeployError
@@ -472,6 +473,8 @@ def demo(out: Path, as_json: bool) -> None:
     click.echo(json.dumps(result) if as_json else render(result))
 
 
+main.add_command(devices)
+main.add_command(latency_table)
 main.add_command(search)
 main.add_command(pick)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -15,6 +16,20 @@ limit = click.option(
     metavar="NAME_UNIT=NUMBER",
     help="An upper limit, such as latency_ms=5 (repeatable).",
 )
+
+
+noise = click.option(
+    "--noise",
+    type=click.FloatRange(0, 1000, min_open=True),
+    default=20,
+    show_default=True,
+    help="Per cent by which medians of one measurement may differ; a noisier one is refused.",
+)
+
+
+def one_thread() -> None:
+    """Hold numpy's BLAS to one thread, before it is loaded: its small products take three times as long in two."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def say(text: str) -> None:
@@ -40,6 +55,14 @@ def say(text: str) -> None:
 @click.option("--specs", type=PATH, help="Known specs to start from, one JSON object a line.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="That score specs.")
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    metavar="[TARGET=]DEVICE",
+    help="Where to measure: local (default), or HOST:PORT/KEY of an RPC tracker (repeatable).",
+)
+@noise
 @click.option("--data-dir", type=PATH, help="Folder with the dataset's files.")
 @click.option("-o", "--out", type=PATH, required=True, help="Search folder; an unfinished search in it is continued.")
 def search(  # noqa: PLR0913, PLR0917
@@ -56,6 +79,8 @@ def search(  # noqa: PLR0913, PLR0917
     specs: Path | None,
     seed: int,
     processes: int,
+    devices: tuple[str, ...],
+    noise: float,
     data_dir: Path | None,
     out: Path,
 ) -> None:
@@ -65,9 +90,11 @@ def search(  # noqa: PLR0913, PLR0917
     latency_ms, download_kib, peak_memory_kib, or of one as latency_ms@NAME. Measured and scored for real: specs before
     the first round, and a part of the front after each.
     """
+    one_thread()
     import torch
 
     from qdeploy.evaluate import read_specs
+    from qdeploy.farm.device import parse_devices
     from qdeploy.report.front import write_report
     from qdeploy.search.run import Request, Search
     from qdeploy.target import load_target
@@ -76,7 +103,8 @@ def search(  # noqa: PLR0913, PLR0917
     found = tuple(load_target(path) for path in targets)
     request = Request(objectives, limits, found, strategy, population, generations, rounds, samples, measure, seed)
     known = [] if specs is None else read_specs(specs)
-    session = Search(run, request, known, out, data_dir, processes, say)
+    where = parse_devices(devices, [target.name for target in found], noise / 100)
+    session = Search(run, request, known, out, data_dir, processes, say, where)
     front = session.run()
     write_report(out, session.description(front))
     measured = sum(1 for member in front.members if member.measured)

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "qdeploy"
 VOCABULARY = "files space cost target recipe frozen integer data selftest"
 STAGES = (
     f"{VOCABULARY} bundle qdq ladder train subnet allocate freeze extract evaluate export bundle.write compile.artifact"
-    " compile profile client serve inspect search report package"
+    " compile profile client serve inspect search farm report package"
 )
 
 # unit -> (units of qdeploy, other packages, and what may come in addition inside a function)
@@ -71,9 +71,12 @@ TABLE: dict[str, tuple[str, str, str]] = {
         "numpy torch pymoo",
         "moocore",
     ),
+    "farm": ("errors files target compile.artifact compile profile", "numpy tvm", ""),
     "report": ("errors files cost bundle", "numpy matplotlib", ""),
     "ptq": ("errors files data qdq report", "numpy onnx", "onnxruntime onnxsim PIL"),
-    "cli_quantize": ("errors", "click", "ptq"),
+    "ptq.learn": ("errors qdq ptq", "numpy torch onnx", ""),  # torch for who asks for learned rounding alone
+    "ptq.reconstruct": ("errors files qdq ptq ptq.learn", "numpy", ""),
+    "cli_quantize": ("errors", "click", "ptq ptq.reconstruct"),
     "package": (
         "errors files target qdq bundle ladder bundle.write compile.artifact compile client",
         "numpy",
@@ -82,7 +85,8 @@ TABLE: dict[str, tuple[str, str, str]] = {
     # across stages
     "demo": (f"errors {STAGES}", "numpy", ""),
     "cli_search": ("errors", "click", f"{STAGES} torch"),
-    "cli": ("errors cli_quantize cli_search", "click", f"{STAGES} demo numpy torch"),
+    "cli_devices": ("errors cli_search", "click", f"{STAGES} torch"),
+    "cli": ("errors cli_devices cli_quantize cli_search", "click", f"{STAGES} demo numpy torch"),
 }
 
 HEAVY = (

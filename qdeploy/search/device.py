@@ -1,27 +1,34 @@
 """What a subnet costs on one target: models that measured subnets teach, each with its error on subnets left out.
 
-A device's figures follow from a few counted ones (multiply-adds, values read, channels, coded bytes, layers), linearly;
-the coefficients are the target's. Ridge regression on relative errors needs a dozen measured subnets.
+Latency is the table's sum of kernel times (table.py), corrected by what whole runs took: fixed costs, calls, caches.
+Download and memory follow from counted figures (channels, coded bytes, layers). All corrections are linear with the
+target's coefficients; ridge regression on relative errors needs a dozen measured subnets. On GPUs, where kernels are
+not told apart, latency follows from counted figures too (multiply-adds, values read, layers).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
 
 from qdeploy.errors import ModelError
 from qdeploy.search.costs import KIB, Costs
+from qdeploy.search.encoding import Encoding, keys
+from qdeploy.search.table import LatencyTable
 from qdeploy.space import SubnetSpec
 
 RIDGE = 1e-3
 LEAST = 4  # measured subnets that a model needs
+COVERAGE = 0.9  # of an error band
 KEYS = ("latency_ms", "download_kib", "peak_memory_kib")
 
 
 class LinearModel:
-    """y ~ features, least relative squares; `error`: the relative root mean square on points left out one by one."""
+    """y ~ features, least relative squares; of points left out one by one: `error`, the relative root mean square, and
+    `band`, which the relative error keeps within for COVERAGE of new points (jackknife: Barber et al. 2021, eq. 3)."""
 
     def __init__(self, features: np.ndarray, y: np.ndarray) -> None:
         if len(y) < LEAST:
@@ -35,18 +42,41 @@ class LinearModel:
         hat = np.einsum("ij,jk,ik->i", rows, inverse, rows)
         left_out = (1.0 - rows @ self.coefficients) / np.maximum(1.0 - hat, 1e-6)
         self.error = float(np.sqrt(np.mean(left_out**2)))
-        self.least, self.most = float(y.min()), float(y.max())
+        rank = min(len(y), int(np.ceil(COVERAGE * (len(y) + 1))))
+        self.band = float(np.sort(np.abs(left_out))[rank - 1])
+        self.least = float(y.min())
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Predictions [n], never below a quarter of what was ever measured: a line has no floor of its own."""
         return np.maximum(features / self.scale @ self.coefficients, self.least / 4)
 
 
+def table_of(encoding: Encoding, rows: Sequence[Mapping[str, Any]]) -> LatencyTable | None:
+    """The latency table that measured subnets hold; None where the device tells no kernels (a GPU).
+
+    `rows`: results of `measure.measure`, among them every network of `Encoding.covering`; a kernel that several of them
+    call costs the median. Raises ModelError.
+    """
+    if not all(row["kernels"] for row in rows):
+        return None
+    times: dict[str, list[float]] = {}
+    by_genome = {}
+    for row, key in zip(rows, keys(encoding.genomes([SubnetSpec.from_json(r["spec"]) for r in rows])), strict=True):
+        by_genome[key] = [(layer, signature) for layer, _, signature, *_ in row["kernels"]]
+        for _, _, signature, _, ms, _ in row["kernels"]:
+            times.setdefault(signature, []).append(ms)
+    wanted = keys(encoding.canonical(encoding.covering()))
+    if missing := [i for i, key in enumerate(wanted) if key not in by_genome]:
+        raise ModelError(f"no measured subnet shows shape {missing[0]} of the space: remove the folder, search again")
+    prices = {signature: median(found) for signature, found in times.items()}
+    return LatencyTable(encoding, [by_genome[key] for key in wanted], prices)
+
+
 class DeviceModel:
     """Latency, download and peak memory of genomes on one target. `rows`: results of `measure.measure`."""
 
     def __init__(self, costs: Costs, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.costs = costs
+        self.costs, self.table = costs, table_of(costs.encoding, rows)
         genomes = costs.encoding.genomes([SubnetSpec.from_json(row["spec"]) for row in rows])
         features = self.features(genomes)
         self.models = {key: LinearModel(features[key], np.array([row[key] for row in rows], float)) for key in KEYS}
@@ -56,11 +86,15 @@ class DeviceModel:
         parts = self.costs.parts(genomes)
         macs, inputs, channels = (parts[name].astype(np.float64) for name in ("macs", "inputs", "channels"))
         weights, count = parts["weights"].astype(np.float64), (parts["channels"] > 0).sum(1).astype(np.float64)
-        dense = weights > channels * 64  # a depthwise layer has at most 49 weights a channel
         one = np.ones(len(genomes))
+        if self.table is not None:
+            latency = [one, *self.table.sums(genomes)]
+        else:
+            dense = weights > channels * 64  # a depthwise layer has at most 49 weights a channel
+            latency = [one, count, (macs * dense).sum(1), (macs * ~dense).sum(1), inputs.sum(1)]
         live = np.sort(inputs, axis=1)[:, -2:].sum(1)
         return {
-            "latency_ms": np.stack([one, count, (macs * dense).sum(1), (macs * ~dense).sum(1), inputs.sum(1)], 1),
+            "latency_ms": np.stack(latency, 1),
             "download_kib": np.stack([one, count, channels.sum(1), parts["coded"].sum(1) / KIB], 1),
             "peak_memory_kib": np.stack([one, count, channels.sum(1), weights.sum(1) / KIB, live], 1),
         }
@@ -71,5 +105,8 @@ class DeviceModel:
         return {key: model(features[key]) for key, model in self.models.items()}
 
     def advice(self) -> str:
-        """Errors of the models on subnets left out."""
-        return ", ".join(f"{key} {100 * model.error:.1f}%" for key, model in self.models.items())
+        """Errors of the models on subnets left out, and the bands that new subnets should keep within."""
+        return ", ".join(
+            f"{key} {100 * model.error:.1f}% ({COVERAGE:.0%} within {100 * model.band:.1f}%)"
+            for key, model in self.models.items()
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from qdeploy.search.encoding import Encoding
 from qdeploy.search.evolve import COLUMNS, Evolution, Frame
 from qdeploy.search.front import NAME, Front, Member, table
 from qdeploy.search.geometry import geometry
-from qdeploy.search.measure import LocalDevice, Measurements, Row, measure
+from qdeploy.search.measure import Builder, Device, LocalDevice, Measurements, Row
 from qdeploy.search.nsga2 import Nsga2
 from qdeploy.search.objectives import near, parse_bounds, parse_objectives
 from qdeploy.search.predictor import AccuracyPredictor
@@ -74,14 +74,18 @@ class Request:
 
 
 class Search:
-    """One search folder; `run` goes on where a killed one stopped."""
+    """One search folder; `run` goes on where a killed one stopped.
+
+    `devices`: what each target is measured on, by its name; "" is for the others (default: this process).
+    """
 
     def __init__(
         self, run: Path, request: Request, seeds: Sequence[SubnetSpec], out: Path, data_dir: Path | None,
-        processes: int, echo: Echo,
+        processes: int, echo: Echo, devices: Mapping[str, Device] | None = None,
     ) -> None:  # fmt: skip
         self.run_folder, self.request, self.out = run, request, out
         self.data_dir, self.processes, self.echo = data_dir, processes, echo
+        self.devices = dict(devices or {"": LocalDevice()})
         targets = [target.name for target in request.targets]
         self.objectives = tuple(parse_objectives(request.objectives, targets))
         self.bounds = tuple(parse_bounds(request.limits, targets))
@@ -118,18 +122,17 @@ class Search:
         self.samples = self.encoding.unlike(np.concatenate(drawn), self.known[:0])
         if self.scores:
             self.score(self.samples)
-        one = partial(measure, self.net, name=self.recipe.name, calibration=calibration, device=LocalDevice())
         self.measurements = {
-            target.name: Measurements(self.out / f"{target.name}.jsonl", partial(self._one, one, target))
+            target.name: Measurements(
+                self.out / f"{target.name}.jsonl",
+                Builder(self.net, self.recipe.name, calibration, target),
+                self.devices.get(target.name, self.devices[""]),
+            )
             for target in self.targets
         }
         covering = self.encoding.canonical(self.encoding.covering())
         extra = self.encoding.spread(max(DRAWN, LEAST - len(covering)), random)
         self.measure(self.encoding.unlike(np.concatenate([covering, extra]), covering[:0]))
-
-    @staticmethod
-    def _one(one: Callable[..., Row], target: Target, spec: SubnetSpec) -> Row:
-        return one(spec, target=target)
 
     def score(self, genomes: np.ndarray) -> None:
         """Score specs for real, those that are scored already not again."""
@@ -146,10 +149,11 @@ class Search:
         """Measure specs on every target."""
         specs = self.encoding.specs(genomes)
         for target, found in self.measurements.items():
-            fresh = [spec for spec in specs if spec.id not in found.rows]
-            for count, spec in enumerate(fresh, 1):
-                row = found.of(spec)
-                self.echo(f"{target}: {count}/{len(fresh)} subnets measured, {row['latency_ms']:.4f} ms")
+            found.measure(specs, partial(self._measured_one, target))
+
+    def _measured_one(self, target: str, row: Row) -> None:
+        count = len(self.measurements[target].rows)
+        self.echo(f"{target}: subnet {count} measured, {row['latency_ms']:.4f} ms")
 
     # ---- a round ---------------------------------------------------------------------------------------------------
 

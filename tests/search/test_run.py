@@ -10,11 +10,14 @@ import pytest
 from click.testing import CliRunner
 
 from qdeploy.cli import main
+from qdeploy.errors import DeviceError
 from qdeploy.evaluate import Judge
 from qdeploy.extract import read_spec
 from qdeploy.search import predictor
 from qdeploy.search import run as module
 from qdeploy.search.front import read_front
+from qdeploy.space import SubnetSpec
+from qdeploy.target import Target
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--samples", 10, "--population", 24, "--generations", 6, "--measure", 2, "--rounds", 2)
@@ -123,23 +126,67 @@ def test_bad_requests_are_one_line(elastic_run: Path, searched: Path, tmp_path: 
     assert code == 2 and "method vertical" in error
 
 
-def test_a_subnet_measured_on_this_machine(elastic_run: Path, tmp_path: Path) -> None:
+class Counted:
+    """Stands for building a subnet, which takes seconds: latency follows from widths, kernels from layers."""
+
+    def __init__(self, net: object, name: str, images: object, target: Target) -> None:
+        self.target = target
+
+    def __call__(self, spec: SubnetSpec) -> Counted:
+        self.spec = spec
+        return self
+
+    def measure(self, device: object) -> dict[str, object]:
+        bits = sum(entry.weight_bits for entry in self.spec.layers)
+        kernels = [[entry.layer, "conv", f"kernel of {entry.layer}", 0.1, 0.1, 0.1] for entry in self.spec.layers]
+        figures = {"latency_ms": 1 + bits / 500, "download_kib": 10 + bits, "peak_memory_kib": 50 + bits}
+        return figures | {"spec_id": self.spec.id, "spec": self.spec.to_json(), "kernels": kernels}
+
+
+def test_a_search_under_a_latency_limit_measures_its_front(
+    elastic_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "Builder", Counted)
+    ask = ("--target", ROOT / "targets" / "host.toml", "--objective", "bitops", "--objective", "download")
+    code, _, error = call("search", elastic_run, *ask, "--max", "latency_ms=1.3", *SMALL, "-o", tmp_path / "out")
+    assert code == 0 and "latency_ms" in error and "90% within" in error, error
+    real = [member for member in read_front(tmp_path / "out").members if member.measured]
+    assert real and all(member.measured["latency_ms@host"] <= 1.3 for member in real)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "host.jsonl").read_text().splitlines()]
+    assert len({row["spec_id"] for row in rows}) == len(rows) >= 10  # 8 spread, one of each shape, the front
+    code, _, error = call("search", elastic_run, *ask, "--device", "pi=local", *SMALL, "-o", tmp_path / "b")
+    assert code == 2 and "no --target has the name 'pi'" in error
+
+
+def test_subnets_measured_on_this_machine(elastic_run: Path, tmp_path: Path) -> None:
     from qdeploy.data import load
-    from qdeploy.search.measure import LocalDevice, Measurements, measure
+    from qdeploy.search.measure import Builder, LocalDevice, Measurements
     from qdeploy.target import load_target
     from qdeploy.train.run import load_run
 
     recipe, net = load_run(elastic_run)
     images, target = load("fashion-mnist", "sample").images, load_target(ROOT / "targets" / "host.toml")
-    calls: list[str] = []
+    build = Builder(net, recipe.name, images, target)
+    path, specs, seen = tmp_path / "host.jsonl", [net.uniform(4), net.uniform(2)], []
 
-    def one(spec: object) -> dict[str, object]:
-        calls.append("now")
-        return measure(net, spec, recipe.name, images, target, LocalDevice())  # type: ignore[arg-type]
+    class Second(LocalDevice):
+        """Vanishes after its first run."""
 
-    path, spec = tmp_path / "host.jsonl", net.uniform(4)
-    row = Measurements(path, one).of(spec)
-    assert Measurements(path, one).of(spec) == row and calls == ["now"]
-    assert row["latency_ms"] > 0 and row["quartiles_ms"][0] <= row["latency_ms"] <= row["quartiles_ms"][1]
-    assert row["peak_memory_kib"] * 1024 == row["packed_bytes"] + row["arena_bytes"] + row["code_bytes"]
-    assert row["download_kib"] * 1024 > 0.3 * row["code_bytes"]
+        def measure(self, artifact: Path, params: object) -> dict[str, object]:
+            if seen:
+                raise DeviceError("vanished")
+            return super().measure(artifact, params)  # type: ignore[arg-type]
+
+    with pytest.raises(DeviceError, match="vanished"):
+        Measurements(path, build, Second(noise=1000.0)).measure(specs, seen.append)
+    held = Measurements(path, build, LocalDevice(noise=1000.0))
+    assert list(held.rows) == [specs[0].id] and held.rows[specs[0].id] == seen[0]
+    held.measure([*specs, specs[0]], seen.append)
+    assert [row["spec_id"] for row in seen] == [spec.id for spec in specs]
+    for row in seen:
+        assert 0 < row["quartiles_ms"][0] <= row["latency_ms"] <= row["quartiles_ms"][1]
+        assert row["peak_memory_kib"] * 1024 == row["packed_bytes"] + row["arena_bytes"] + row["code_bytes"]
+        assert row["download_kib"] * 1024 > 0.3 * row["code_bytes"]
+        assert len(row["kernels"]) > len(specs[0].layers) and all(
+            low <= ms <= high for *_, low, ms, high in row["kernels"]
+        )

@@ -1,0 +1,84 @@
+"""Commands of devices: `qdeploy devices` and `qdeploy latency-table`. Each parses, makes one call and prints."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import click
+
+from qdeploy.cli_search import noise, one_thread, say
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option("--tracker", metavar="HOST:PORT", help="Of an RPC tracker, to list its devices too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+def devices(tracker: str | None, as_json: bool) -> None:
+    """List what can be measured on: this machine, and the devices of an RPC tracker."""
+    from qdeploy.farm.tracker import Tracker
+    from qdeploy.farm.tracker import devices as listed
+    from qdeploy.profile.latency import machine
+
+    here = machine()
+    found = [] if tracker is None else listed(Tracker.parse(tracker))
+    if as_json:
+        rows = [{"key": d.key, "addresses": list(d.addresses), "free": d.free, "pending": d.pending} for d in found]
+        click.echo(json.dumps({"local": here, "tracker": tracker, "devices": rows}))
+        return
+    click.echo(f"local: {here['cpu']}, {here['cores']} cores, load {here['load']}")
+    for one in found:
+        counts = f"{len(one.addresses)} devices, {one.free} free, {one.pending} requests wait"
+        click.echo(f"{tracker}/{one.key}: {counts} ({', '.join(one.addresses)})")
+    if tracker is not None and not found:
+        click.echo(f"{tracker}: no devices")
+
+
+@click.command("latency-table")
+@click.argument("run", type=PATH)
+@click.option("--target", type=PATH, required=True, help="targets/NAME.toml.")
+@click.option("--device", default="local", show_default=True, help="local, or HOST:PORT/KEY of an RPC tracker.")
+@noise
+@click.option("--data-dir", type=PATH, help="Folder with the dataset's files.")
+@click.option("--export", type=PATH, help="Also write everything in the database: NAME.json or NAME.csv.")
+@click.option("-o", "--out", type=PATH, required=True, help="Latency database (SQLite); what it holds is not measured.")
+def latency_table(
+    run: Path, target: Path, device: str, noise: float, data_dir: Path | None, export: Path | None, out: Path
+) -> None:
+    """Measure the kernels that the space of a trained RUN needs on a target, those that the database lacks."""
+    one_thread()
+    import torch
+
+    from qdeploy.errors import ModelError, RecipeError
+    from qdeploy.farm.device import parse_device
+    from qdeploy.files import read_bytes, write_atomic
+    from qdeploy.profile.database import COLUMNS, LatencyDatabase
+    from qdeploy.search.prices import fill
+    from qdeploy.target import load_target
+
+    if export is not None and export.suffix not in (".json", ".csv"):
+        raise RecipeError(f"--export {export}: name a .json or a .csv file")
+    torch.set_num_threads(1)
+    chosen, where = load_target(target), parse_device(device, noise / 100)
+    read_bytes(run / "quantized.checkpoint", "the checkpoint of a trained run", ModelError)  # before a file is made
+    database = LatencyDatabase(out)
+    try:
+        found = fill(run, chosen, database, where, data_dir, say)
+        rows = database.rows()
+    finally:
+        database.close()
+    if export is not None and export.suffix == ".json":
+        write_atomic(export, json.dumps(rows, indent=1).encode() + b"\n")
+    elif export is not None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows([row[name] for name in COLUMNS] for row in rows)
+        write_atomic(export, text.getvalue().encode())
+    click.echo(
+        f"{out}: {found.kernels} kernels of {run} on {chosen.name}, {found.measured} of them measured now "
+        f"in {found.networks} networks"
+    )
