@@ -39,7 +39,7 @@ from qdeploy.errors import CompileError, DeviceError
 from qdeploy.files import parse_json, read_bytes, sha256, write_atomic
 from qdeploy.ladder import read_ladder
 from qdeploy.qdq import arrays, canonical_bytes, graph_digest, load_model, parse_model
-from qdeploy.target import Target
+from qdeploy.target import Target, gpu_takes
 
 ROOT = "qdeploy"  # folder that the archive unpacks to
 PROGRAM, LIBRARIES = "qdeploy-run", ("libtvm_runtime.so", "libtvm_ffi.so")
@@ -122,14 +122,18 @@ def check_target(head: Description, target: Target, artifact: Path) -> None:
     reasons = []
     has = set(resolve(target).features)
     for variant in head["variants"]:
-        name, arch = variant["target"].get("name"), variant["target"].get("arch")
+        name, arch, gpu = (variant["target"].get(key) for key in ("name", "arch", "gpu"))
         lacking = sorted(set(variant["target"]["features"]) - has)
         if arch != target.arch:
             reasons.append(f"its code for {name} is for {arch}, {target.name} is {target.arch}")
         elif lacking:
             reasons.append(f"its code for {name} needs {', '.join(lacking)}, which {target.name} lacks")
-        elif variant["target"].get("kind") != "llvm":
-            reasons.append(f"its code for {name} is not for a cpu, and the runner runs no other")
+        elif variant["target"].get("kind") != ("llvm" if gpu is None else "cuda"):
+            reasons.append(f"its code for {name} is of a kind that the runner does not run")
+        elif gpu is not None and not target.gpu:
+            reasons.append(f"its code for {name} needs a GPU of {gpu}, which {target.name} lacks")
+        elif gpu is not None and not gpu_takes(target.gpu, str(gpu)):
+            reasons.append(f"its code for {name} is for a GPU of {gpu}, {target.name} has {target.gpu}")
         else:
             break
     else:

@@ -150,6 +150,7 @@ def request_tiles() -> bool:
 
 MAJOR, MINOR, PROCESSORS = 75, 76, 16  # CU_DEVICE_ATTRIBUTE_*
 ORIN = 87
+GPU_ARCH = re.compile("sm_[1-9][0-9]+")
 
 
 @dataclass(frozen=True)
@@ -188,15 +189,23 @@ def local_gpu() -> LocalGpu | str:
 def gpu_problem(arch: str) -> str | None:
     """Why this machine's GPU cannot run machine code for `arch`; None when it can.
 
-    Code runs on the same major and the same or a later minor version; that of Jetson Orin (sm_87) is a kind of its own
-    (CUDA C++ programming guide, binary compatibility).
+    That is code for another kind of GPU: `gpu_takes`.
     """
     found = local_gpu()
     if isinstance(found, str):
         return found
-    if not re.fullmatch("sm_[1-9][0-9]+", arch):
+    if not GPU_ARCH.fullmatch(arch):
         return f"it is for {arch}, this machine has {found.name} ({found.arch})"
-    ours, theirs = (int(name.removeprefix("sm_")) for name in (found.arch, arch))
-    if ours // 10 != theirs // 10 or ours < theirs or (ours == ORIN) != (theirs == ORIN):
-        return f"{found.name} is {found.arch}, not {arch}"
-    return None
+    return None if gpu_takes(found.arch, arch) else f"{found.name} is {found.arch}, not {arch}"
+
+
+def gpu_takes(gpu: str, code: str) -> bool:
+    """Whether a GPU of one architecture ("sm_89") runs machine code for another ("sm_80").
+
+    Code runs on the same major and the same or a later minor version; that of Jetson Orin (sm_87) is a kind of its own
+    (CUDA C++ programming guide, binary compatibility).
+    """
+    if not (GPU_ARCH.fullmatch(gpu) and GPU_ARCH.fullmatch(code)):
+        return False
+    ours, theirs = (int(name.removeprefix("sm_")) for name in (gpu, code))
+    return ours // 10 == theirs // 10 and ours >= theirs and (ours == ORIN) == (theirs == ORIN)

@@ -41,11 +41,17 @@ cmake --build "$cross/build-$arch" -j 2 >"$cross/build-$arch.log" 2>&1 || {
     cat "$cross/build-$arch.log" >&2
     exit 2
 }
-cmake --install "$cross/build-$arch" --prefix "$out" >/dev/null
-rm -rf "$out/licenses"
-mkdir -p "$out/licenses/apache-tvm" "$out/licenses/apache-tvm-ffi" "$out/licenses/zlib" "$out/licenses/qdeploy"
-cp LICENSE "$out/licenses/qdeploy/"
-cp -R "$packages/tvm/LICENSE" "$packages/tvm/NOTICE" "$packages/tvm/licenses" "$out/licenses/apache-tvm/"
-cp -R "$packages"/apache_tvm_ffi-*.dist-info/licenses/. "$out/licenses/apache-tvm-ffi/"
+# a program that runs keeps the files that it has mapped: whatever changed becomes a new folder under the old name
+[ "$out/licenses/zlib/LICENSE" -nt "$cross/build-$arch/qdeploy-run" ] && exit 0
+new=$out.new
+rm -rf "$new" "$out.old"
+cmake --install "$cross/build-$arch" --prefix "$new" >/dev/null
+mkdir -p "$new/licenses/apache-tvm" "$new/licenses/apache-tvm-ffi" "$new/licenses/zlib" "$new/licenses/qdeploy"
+cp LICENSE "$new/licenses/qdeploy/"
+cp -R "$packages/tvm/LICENSE" "$packages/tvm/NOTICE" "$packages/tvm/licenses" "$new/licenses/apache-tvm/"
+cp -R "$packages"/apache_tvm_ffi-*.dist-info/licenses/. "$new/licenses/apache-tvm-ffi/"
 headers=$(sed -n 's/^ZLIB_HEADERS:PATH=//p' "$cross/build-$arch/CMakeCache.txt")
-sed -n '1,/\*\//p' "$headers/zlib.h" >"$out/licenses/zlib/LICENSE"
+sed -n '1,/\*\//p' "$headers/zlib.h" >"$new/licenses/zlib/LICENSE"
+[ ! -e "$out" ] || mv "$out" "$out.old"
+mv "$new" "$out"
+rm -rf "$out.old"

@@ -187,5 +187,7 @@ def link(compiler: str, objects: Sequence[Path], identity: str, out: Path) -> by
         cc.create_shared(str(out), [str(path) for path in objects], options=options, cc=compiler)
         return out.read_bytes()
     except (RuntimeError, subprocess.SubprocessError, OSError) as e:
-        reason = next((line for line in str(e).splitlines() if "error" in line.lower()), str(e).strip()[:200])
-        raise CompileError(f"{compiler} cannot link the library: {reason}") from e
+        lines = [line for line in str(e).removeprefix("Compilation error:").splitlines() if line.strip()]
+        reason = lines[0].strip()[:200] if lines else type(e).__name__
+        text = "name a C++ compiler that links for the target's arch (docs/targets.md)"
+        raise CompileError(f"{compiler} cannot link the library ({reason}): {text}") from e

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from qdeploy.compile.expression import Term
 
+ANY_CODE = 128  # greatest absolute value of int8
 Pair = tuple[int, int]
 Shape = tuple[int, ...]
 Sides = tuple[int, int, int, int]  # top, left, bottom, right
@@ -114,8 +115,8 @@ class Weights:
 
     A float32 weight is quantized by `prepare` to int8 (`signed`) or uint8, a float32 bias (no scale) to s_x * s_w.
     Codes are cut to [clip_min, clip_max] where the file has a Clip behind them that may change them. `reach` is the
-    greatest absolute value of the codes of the file (128 where they are not int8); `few` says that there are at most 16
-    different ones, so that 4 bits can tell them apart.
+    greatest absolute value of the codes of the file (ANY_CODE where they are not int8); `few` says that there are at
+    most 16 different ones, so that 4 bits can tell them apart.
     """
 
     weight: str
@@ -129,7 +130,7 @@ class Weights:
     order: str = "conv"
     clip_min: str | None = None
     clip_max: str | None = None
-    reach: int = 128
+    reach: int = ANY_CODE
     real: bool = False  # float32 in the file
     few: bool = False
 

@@ -10,8 +10,8 @@ library      codegen.PHASES, LLVM and the linker                     (codegen.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from qdeploy.compile.cuda.spec import DOT, gpu_of
 from qdeploy.compile.dump import write_phases
 from qdeploy.compile.entry import arena_bytes, entry_functions
 from qdeploy.compile.fuse import fuse, parts
-from qdeploy.compile.graph import FLOAT_REASON, INTEGER, Graph, Op
+from qdeploy.compile.graph import ANY_CODE, FLOAT_REASON, INTEGER, Graph, Op, Weights
 from qdeploy.compile.kernels.conv import way
 from qdeploy.compile.kernels.join import join_kernel
 from qdeploy.compile.llvm import Resolved, resolve
@@ -35,12 +35,13 @@ from qdeploy.compile.plan import plan
 from qdeploy.compile.program import Program
 from qdeploy.compile.read.handlers import read_graph
 from qdeploy.compile.tune import choices, default_cache
-from qdeploy.errors import CompileError, DeviceError
-from qdeploy.files import canonical_json, new_folder, sha256, write_atomic
+from qdeploy.errors import CompileError, DeviceError, ModelError
+from qdeploy.files import canonical_json, new_folder, parse_json, read_bytes, sha256, write_atomic
 from qdeploy.qdq import arrays, canonical_bytes, graph_digest, load_model, parse_model
 from qdeploy.target import TILE_FEATURES, Target, missing_features, request_tiles
 
 Description = dict[str, Any]
+NARROW_CONTAINER = 7  # bits: codes in -64..64, so that on AVX2 two products fit 16 bits
 Echo = Callable[[str], None]
 
 
@@ -84,6 +85,8 @@ def compile_model(
     data, model = load_model(Path(onnx_path))
     parsed = parse_model(canonical_bytes(model), str(onnx_path))
     graph = read_graph(parsed, options.shape)
+    if not options.constant:
+        graph = for_any_level(graph, narrow_containers(Path(onnx_path), data))
     with new_folder(Path(out), force) as folder:
         head = describe(graph, targets, graph_digest(data), options)
         for resolved in targets:
@@ -134,6 +137,37 @@ def build(
     except (RuntimeError, ValueError, TypeError) as e:
         reason = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
         raise CompileError(f"TVM cannot compile this model for {resolved.target.name}: {reason}") from e
+
+
+def narrow_containers(path: Path, data: bytes) -> frozenset[str]:
+    """Layers whose codes lie in -64..64 at every level: the sidecar of an exported model gives them 7-bit containers.
+
+    Empty where there is no sidecar, or that of another file.
+    """
+    beside = Path(f"{path}.json")
+    if not beside.is_file():
+        return frozenset()
+    sidecar = parse_json(read_bytes(beside, "the sidecar", ModelError), str(beside), ModelError)
+    if not isinstance(sidecar, dict) or sidecar.get("model") != sha256(data):
+        return frozenset()
+    try:
+        return frozenset(node for node, bits in sidecar["weights"].items() if bits["container"] <= NARROW_CONTAINER)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ModelError(f"{beside} is no sidecar of an exported model: export again, or remove it") from e
+
+
+def for_any_level(graph: Graph, narrow: Collection[str] = ()) -> Graph:
+    """`graph` less what the file's own weights prove of their codes: other levels have others.
+
+    Those of the layers `narrow` stay in -64..64 (docs/integers.md, containers).
+    """
+
+    def known(weights: Weights) -> Weights:
+        reach = 1 << (NARROW_CONTAINER - 1) if weights.weight.removesuffix(".weight") in narrow else ANY_CODE
+        return replace(weights, reach=reach)
+
+    ops = (op if op.weights is None else replace(op, weights=known(op.weights)) for op in graph.ops)
+    return replace(graph, ops=tuple(ops))
 
 
 # What this machine must be able to run ------------------------------------------------------------------------------

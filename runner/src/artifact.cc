@@ -7,6 +7,7 @@
 #include "cpu.h"
 #include "error.h"
 #include "files.h"
+#include "gpu.h"
 #include "sha256.h"
 
 namespace qdeploy {
@@ -121,28 +122,42 @@ std::string Identity(const Json& head, const Json& variant) {
   return Sha256Hex(Json::Object(std::move(entries)).Canonical());
 }
 
-// The first variant that this machine can run.
+// The architecture of a target's GPU; empty where it has none.
+std::string Gpu(const Json& target) {
+  const Json* gpu = target.Find("gpu");
+  return gpu ? gpu->AsText("gpu") : "";
+}
+
+// The first variant that this machine's processor can run, those for its GPU before others. Where there are only some
+// for GPUs that it does not have, the first of them: its code says what is wrong.
 const Json& Suited(const std::vector<Json>& variants) {
   std::string reasons;
+  const Json *local = nullptr, *foreign = nullptr;  // for the processor; for another GPU
   for (const Json& variant : variants) {
     const Json& target = variant.At("target");
     const std::string &name = target.At("name").AsText("target name"), &arch = target.At("arch").AsText("arch");
     const std::string& kind = target.At("kind").AsText("kind");
+    const std::string gpu = Gpu(target);
     const std::vector<std::string> features = Features(variant), missing = MissingFeatures(features);
     std::string reason;
     if (arch != Architecture()) {
       reason = "target " + name + " is for " + arch + ", this program and machine are " + Architecture();
-    } else if (kind != "llvm") {
-      reason = "target " + name + " is of kind " + kind + ", this program runs llvm";
+    } else if (kind != (gpu.empty() ? "llvm" : "cuda")) {
+      reason = "target " + name + " is of kind " + kind + ", which this program does not run";
     } else if (!missing.empty()) {
       reason = "this machine's cpu lacks " + Joined(missing) + ", which target " + name + " needs";
     } else if (!RequestTiles(features)) {
       reason = "this system keeps AMX tiles from processes (Linux gives them from 5.16 on), for " + name;
-    } else {
+    } else if (!gpu.empty() && HasGpu(gpu)) {
       return variant;
+    } else {
+      const Json*& first = gpu.empty() ? local : foreign;
+      if (!first) first = &variant;
+      continue;
     }
     reasons += (reasons.empty() ? "" : "; ") + reason;
   }
+  if (local || foreign) return local ? *local : *foreign;
   FailMachine(reasons + ": compile for another target");
 }
 
@@ -188,6 +203,7 @@ Artifact Read(const Json& head, const std::string& folder) {
   }
   for (const Json& row : head.At("params").AsList("params")) artifact.params.push_back(Tensor(row, "params", false));
   artifact.target = variant.At("target").At("name").AsText("target name");
+  artifact.gpu = Gpu(variant.At("target"));
   artifact.library = variant.At("library").AsText("library");
   if (artifact.constant) artifact.packed = variant.At("packed").AsText("packed");
   artifact.arena_bytes = Bytes(variant, "arena_bytes");

@@ -32,6 +32,7 @@ struct Artifact {
   std::vector<TensorInfo> params;
   // of the variant
   std::string target, library, packed;  // name of the target; files in `folder` (`packed` only where `constant`)
+  std::string gpu;  // architecture of the GPU that it has code for ("sm_75"); empty: the processor
   int64_t arena_bytes, packed_bytes;
   std::vector<CallInfo> calls;
 };

@@ -84,7 +84,8 @@ bool IsFolder(const std::string& path) {
 }
 
 OutputFile::OutputFile(const std::string& path) : path_(path), temporary_(path + ".tmp-XXXXXX") {
-  if (IsFolder(path)) Fail(path + " is a folder: name a file for the output");
+  struct stat info;  // what is no file must not be replaced by one: a device, a pipe
+  if (stat(path.c_str(), &info) == 0 && !S_ISREG(info.st_mode)) Fail(path + " is no file: name one for the output");
   fd_ = mkostemp(temporary_.data(), O_CLOEXEC);
   if (fd_ < 0) {
     temporary_.clear();

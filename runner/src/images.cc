@@ -11,7 +11,7 @@ namespace qdeploy {
 namespace {
 
 constexpr char kMagic[] = "\x93NUMPY";
-constexpr size_t kMagicBytes = 6, kMaxHead = 1 << 16;
+constexpr size_t kMagicBytes = 6, kMaxHead = 1 << 16, kMaxAxes = 64;
 
 std::string Shape(const std::vector<int64_t>& shape) {
   std::string text;
@@ -37,6 +37,7 @@ class HeadParser {
     NpyHead head{descr == "<f4" ? "float32" : descr == "|u1" ? "uint8" : descr == "|i1" ? "int8" : "", {}, 0};
     while (!Maybe(")")) {
       head.shape.push_back(Number());
+      if (head.shape.size() > kMaxAxes) Damaged(path_);
       if (Maybe(",")) continue;
       Word(")");
       break;

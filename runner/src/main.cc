@@ -2,6 +2,7 @@
 
 #include <malloc.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -59,10 +60,7 @@ class Levels {
   // the level needs has been read and verified, `over` stays as it is.
   Packed Pack(size_t k, Packed over = Packed()) const {
     if (!device_) return program_.StoredLevel();
-    const std::vector<Buffer> params = device_->Assemble(names_[k], program_);
-    Packed packed = over.size() ? std::move(over) : Packed(static_cast<size_t>(program_.artifact().packed_bytes));
-    program_.Prepare(params, &packed);
-    return packed;
+    return program_.Prepare(device_->Assemble(names_[k], program_), std::move(over));
   }
 
  private:
@@ -148,6 +146,7 @@ Report RunAll(const Options& options, Program* program, const Levels& levels, Im
   const size_t count = levels.names().size();
   Sink sink(options, program->artifact(), images->count(), count);
   Report report;
+  report.gpu = program->gpu();
   report.images = images->count();
   Prepared now = Prepare(levels, 0);
   double pause_ms = 0;
@@ -222,6 +221,7 @@ int Main(int argc, char** argv) {
   Report report;
   if (options.inputs.empty()) {
     const Prepared level = Prepare(levels, 0);
+    report.gpu = program.gpu();
     report.passes.push_back({levels.names()[0], level.ms, 0, {}, {}});
     report.memory = MeasureMemory();
   } else {
@@ -234,6 +234,13 @@ int Main(int argc, char** argv) {
   return report.differing ? kDiffers : kDone;
 }
 
+// One line on standard error; names from files may hold anything, so control characters become '?'.
+int Complain(std::string text, int code) {
+  std::replace_if(text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, '?');
+  std::fprintf(stderr, "error: %s\n", text.c_str());
+  return code;
+}
+
 }  // namespace
 }  // namespace qdeploy
 
@@ -244,13 +251,10 @@ int main(int argc, char** argv) {
   try {
     return qdeploy::Main(argc, argv);
   } catch (const qdeploy::Error& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return e.code();
+    return qdeploy::Complain(e.what(), e.code());
   } catch (const std::bad_alloc&) {
-    std::fputs("error: there is not enough memory: end other programs\n", stderr);
-    return qdeploy::kMachine;
+    return qdeploy::Complain("there is not enough memory: end other programs", qdeploy::kMachine);
   } catch (const std::exception& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return qdeploy::kMachine;
+    return qdeploy::Complain(e.what(), qdeploy::kMachine);
   }
 }

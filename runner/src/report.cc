@@ -79,6 +79,7 @@ std::string JsonReport(const Artifact& artifact, const Report& report) {
   const Memory& memory = report.memory;
   return Json::Object(
              {{"target", Json::Text(artifact.target)},
+              {"gpu", report.gpu.empty() ? Json() : Json::Text(report.gpu)},
               {"library", Json::Text(artifact.library)},
               {"graph", Json::Text(artifact.graph)},
               {"batch", Json::Integer(artifact.input.shape[0])},
@@ -95,7 +96,8 @@ std::string JsonReport(const Artifact& artifact, const Report& report) {
 }
 
 std::string TextReport(const Artifact& artifact, const Report& report) {
-  std::string text = "target " + artifact.target + ", batch " + std::to_string(artifact.input.shape[0]) + "\n";
+  std::string text = "target " + artifact.target + (report.gpu.empty() ? "" : " on " + report.gpu) + ", batch " +
+                     std::to_string(artifact.input.shape[0]) + "\n";
   for (size_t k = 0; k < report.passes.size(); ++k) {
     const Pass& pass = report.passes[k];
     text += pass.level.empty() ? "own level" : "level " + pass.level;
@@ -120,9 +122,10 @@ std::string TextReport(const Artifact& artifact, const Report& report) {
                    static_cast<long long>(report.compared));
   }
   const Memory& memory = report.memory;
-  text += Format("memory: %.2f MB resident, %.2f MB at most; parameters %.2f MB, arena %.2f MB\n",
+  text += Format("memory: %.2f MB resident, %.2f MB at most; parameters %.2f MB, arena %.2f MB%s\n",
                  static_cast<double>(memory.resident) / 1e6, static_cast<double>(memory.peak) / 1e6,
-                 static_cast<double>(artifact.packed_bytes) / 1e6, static_cast<double>(artifact.arena_bytes) / 1e6);
+                 static_cast<double>(artifact.packed_bytes) / 1e6, static_cast<double>(artifact.arena_bytes) / 1e6,
+                 report.gpu.empty() ? "" : " on the GPU");
   return text;
 }
 

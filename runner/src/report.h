@@ -25,6 +25,7 @@ struct Memory {
 Memory MeasureMemory();
 
 struct Report {
+  std::string gpu;  // name of the GPU that ran; empty: the processor did
   int64_t images = 0;
   std::vector<Pass> passes;
   Memory memory;  // while the last level was in use

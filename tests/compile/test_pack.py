@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,9 +20,10 @@ from qdeploy.compile.kernels.pack import Stored
 from qdeploy.compile.kernels.pack_weights import WeightSpec, weights_kernel
 from qdeploy.compile.kernels.spec import TABLE_BYTES, ConvSpec
 from qdeploy.compile.llvm import Dot, resolve
-from qdeploy.compile.pipeline import compile_model
-from qdeploy.errors import DeviceError
+from qdeploy.compile.pipeline import Options, compile_model
+from qdeploy.errors import DeviceError, ModelError
 from qdeploy.export.write import qdq_bytes
+from qdeploy.files import canonical_json, sha256
 from qdeploy.qdq import arrays, parse_model
 from qdeploy.target import Target
 from tests.compile.kernels import Kernels, built, exported
@@ -288,14 +290,42 @@ def test_wide_weights_are_refused_where_products_could_saturate(talkative: Packe
     assert not other.code.narrow and not other.failure("w")
 
 
-def test_a_level_with_wider_weights_is_refused_by_name(tmp_path: Path) -> None:
+def test_only_an_artifact_with_its_own_level_relies_on_its_weights(tmp_path: Path) -> None:
+    """Any level may follow the compiled one, unless it is packed with the code."""
     net = ladder_of(2, (2,), width=4, size=6, blocks=1)[0]
     (tmp_path / "m.onnx").write_bytes(qdq_bytes(net))
-    compile_model(tmp_path / "m.onnx", Target("t", "x86_64", "llvm", "x86-64-v3"), tmp_path / "a")
-    loaded, params = load_artifact(tmp_path / "a"), arrays(parse_model(qdq_bytes(net)))
-    loaded.prepare(params)
+    target, params = Target("t", "x86_64", "llvm", "x86-64-v3"), arrays(parse_model(qdq_bytes(net)))
     name = next(name for name, a in params.items() if a.ndim == 4 and np.abs(a).max() <= 64)
     wide = params[name].copy()
-    wide.reshape(-1)[3] = 65
-    with pytest.raises(DeviceError, match=rf"weight {name} must have codes in -64 .. 64.*the ladder's widest level"):
-        loaded.prepare(params | {name: wide})
+    wide.reshape(-1)[3] = -128
+    compile_model(tmp_path / "m.onnx", target, tmp_path / "any")
+    load_artifact(tmp_path / "any").prepare(params | {name: wide})
+    compile_model(tmp_path / "m.onnx", target, tmp_path / "own", options=Options(constant=True))
+    with pytest.raises(DeviceError, match=rf"weight {name} must have codes in -64 .. 64.*without --constant"):
+        load_artifact(tmp_path / "own").prepare(params | {name: wide})
+
+
+def test_a_sidecar_bounds_the_weights_of_every_level(tmp_path: Path) -> None:
+    """Containers of 7 bits: the shorter product serves all levels, and a file that is none of them is refused."""
+    net = ladder_of(2, (2,), width=4, size=6, blocks=1)[0]
+    data, path = qdq_bytes(net), tmp_path / "m.onnx"
+    path.write_bytes(data)
+    params = arrays(parse_model(data))
+    name = next(name for name, a in params.items() if a.ndim == 4 and np.abs(a).max() <= 64)
+    narrow = {name.removesuffix(".weight"): {"bits": 2, "top": 4, "container": 7}}
+    wide = params[name].copy()
+    wide.reshape(-1)[3] = -128
+    target = Target("t", "x86_64", "llvm", "x86-64-v3")
+    sidecar = Path(f"{path}.json")
+    for digest, taken in ((sha256(data), False), (sha256(b"another file"), True)):
+        sidecar.write_bytes(canonical_json({"model": digest, "weights": narrow}))
+        compile_model(path, target, tmp_path / "a", force=True)
+        artifact = load_artifact(tmp_path / "a")
+        artifact.prepare(params)
+        with (
+            nullcontext() if taken else pytest.raises(DeviceError, match=f"weight {name} must have codes in -64 .. 64")
+        ):
+            artifact.prepare(params | {name: wide})
+    sidecar.write_bytes(canonical_json({"model": sha256(data), "weights": 3}))
+    with pytest.raises(ModelError, match="no sidecar"):
+        compile_model(path, target, tmp_path / "a", force=True)

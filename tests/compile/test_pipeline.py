@@ -204,6 +204,6 @@ def test_refusals_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(CompileError, match="needs a C\\+\\+ compiler: install one"):
         compile_model(path, TARGET, out)
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(CompileError, match="false cannot link"):
+    with pytest.raises(CompileError, match="false cannot link the library .*: name a C.. compiler"):
         compile_model(path, TARGET, out)
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]

@@ -230,14 +230,14 @@ def test_repeated_parameters_must_be_equal_at_every_level() -> None:
     assert graph.equal == (("s_too", "s"),) and graph.ops[1].inputs[0].grid.scale == "s"
 
 
-def test_narrow_weights_are_those_that_the_file_proves() -> None:
-    for most, narrow in ((64, True), (65, False)):
+def test_the_reach_of_weights_is_what_the_file_proves() -> None:
+    for most in (127, 128):
         net = Net()
         weight = net.weight(4, 4, 1, 1)
         codes = next(array for name, array in net.initializers.items() if name.startswith("w2"))
         codes[0, 0] = -most
         op = read_graph(net.model(net.q(net.node("Conv", net.q("x"), *weight)))).ops[1]
-        assert op.weights is not None and op.weights.narrow == narrow
+        assert op.weights is not None and op.weights.reach == most
 
 
 def test_a_float_model_is_refused() -> None:

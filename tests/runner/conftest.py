@@ -1,4 +1,4 @@
-"""The shipped demo model at two widths: a release, the folder that a device pulled, and an artifact with its level."""
+"""The demo's elastic checkpoint at two widths: a release, a pulled folder, an artifact with its level."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from qdeploy.client.pull import pull
 from qdeploy.client.runtime import LevelRunner
 from qdeploy.compile.pipeline import Options, compile_model
 from qdeploy.data import load
+from qdeploy.demo import MODEL
 from qdeploy.export import export_onnx
-from qdeploy.extract import calibration_set
+from qdeploy.extract import calibration_set, read_spec
 from qdeploy.ladder import read_ladder
 from qdeploy.serve.app import serving
 from qdeploy.subnet import extract
 from qdeploy.target import SHIPPED, load_target
 from qdeploy.train.run import load_run
-from tests.runner.programs import ROOT, program
+from tests.runner.programs import program
 
-MODEL = ROOT / "models" / "fashion-resnet8"
 LEVELS = {"w2": 2, "w4": 4}
+CALIBRATION = 256  # images; all that it takes, where accuracy does not matter
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,13 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     program("x86_64")
     folder = tmp_path_factory.mktemp("demo")
     recipe, net = load_run(MODEL)
-    calibration = calibration_set(recipe, None).images
+    calibration = calibration_set(recipe, None).images[:CALIBRATION]
+    base = read_spec(MODEL / "base.json")
+    assert base.architecture is not None
     onnx = {name: folder / f"{name}.onnx" for name in LEVELS}
     for name, path in onnx.items():
-        export_onnx(extract(net, net.uniform(LEVELS[name]), recipe.name, calibration, None), path)
+        spec = net.uniform_blocks(base.architecture.stages, LEVELS[name], 8)
+        export_onnx(extract(net, spec, recipe.name, calibration, None), path)
     target = load_target(SHIPPED / "host.toml")
     compile_model(onnx["w2"], target, folder / "artifact")
     compile_model(onnx["w4"], target, folder / "constant", options=Options(constant=True))

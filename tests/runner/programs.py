@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,12 @@ def program(arch: str) -> Path:
     return VENV / "device" / arch / "qdeploy-run"
 
 
-def run(folder: Path | str, *args: Any, command: tuple[str, ...] = (), arch: str = "x86_64") -> Ran:
-    """Run qdeploy-run, behind `command` (an emulator) if there is one."""
+def run(
+    folder: Path | str, *args: Any, command: tuple[str, ...] = (), arch: str = "x86_64",
+    environment: Mapping[str, str] | None = None,
+) -> Ran:  # fmt: skip
+    """Run qdeploy-run, behind `command` (an emulator) if there is one; `environment` adds variables."""
     words = [*command, str(program(arch)), str(folder), *map(str, args)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    variables = os.environ | (environment or {})
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120, env=variables)
     return Ran(done.returncode, done.stdout, done.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -124,8 +125,9 @@ ARGUMENTS: dict[str, tuple[tuple[str, ...], str]] = {
     "a folder as image": (("CONSTANT", "--input", "/tmp"), "/tmp is no file"),
     "level of an artifact": (("CONSTANT", "--level", "w2"), "--level and --climb need a pulled folder"),
     "no level": (("ARTIFACT",), "holds no level: run a pulled folder, or compile with --constant"),
-    "unknown level": (("DEVICE", "--level", "w9"), "no level w9 in fashion-resnet8: levels are w2, w4"),
+    "unknown level": (("DEVICE", "--level", "w9"), "no level w9 in fashion-mobilenetv3: levels are w2, w4"),
     "unknown climb": (("DEVICE", "--input", "X", "--climb", "w4,w9"), "no level w9"),
+    "a level of two lines": (("DEVICE", "--level", "a\nb\x1b"), "no level a?b? in"),
     "unwritable": (("CONSTANT", "--input", "X", "--output", "/nowhere/y"), "cannot write /nowhere/y"),
 }
 
@@ -138,6 +140,13 @@ def test_wrong_arguments_are_one_line(demo: Demo, tmp_path: Path, case: str) -> 
     found = run(*(str(known.get(word, word)) for word in words or ("--json",)))
     assert found.code == BAD and text in found.error and found.error.count("\n") == 1
     assert not (tmp_path / "y").exists()
+
+
+def test_an_output_never_takes_the_place_of_what_is_no_file(demo: Demo, tmp_path: Path) -> None:
+    pipe, x = tmp_path / "pipe", saved(tmp_path / "x.npy", demo.images[:2])
+    os.mkfifo(pipe)
+    found = run(demo.constant, "--input", x, "--output", pipe)
+    assert found.code == BAD and "pipe is no file: name one for the output" in found.error and pipe.is_fifo()
 
 
 IMAGES: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {

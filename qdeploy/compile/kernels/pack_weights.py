@@ -126,15 +126,17 @@ class WeightSpec:
 
     def failure(self, weight: str) -> str:
         """What to say where the kernel refuses initializer `weight`; empty where it takes any."""
-        needs, remedies = [], ["compile from the ladder's widest level"]
+        needs, remedies = [], []
         if self.code.narrow:
             needs.append(f"codes in -{self.code.narrow} .. {self.code.narrow}")
+            remedies.append("--constant")
         if self.code.indices:
             needs.append(f"at most {CODES} different codes")
-            remedies.append("without --weights packed")
+            remedies.append("--weights packed")
         if not needs:
             return ""
-        return f"weight {weight} must have {' and '.join(needs)}, as in the compiled model: {', or '.join(remedies)}"
+        needed, without = " and ".join(needs), " and ".join(remedies)
+        return f"weight {weight} must have {needed}, as in the compiled model: compile this level, without {without}"
 
 
 def weights_kernel(name: str, code: PackCode) -> tirx.PrimFunc:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto
 
-from qdeploy.compile.graph import Op, Operand, Pair, Shuffle, Tensor, Weights, Window
+from qdeploy.compile.graph import ANY_CODE, Op, Operand, Pair, Shuffle, Tensor, Weights, Window
 from qdeploy.compile.read.reader import Reader
 from qdeploy.compile.read.values import Refused, Result, Stored, View, window_of
 from qdeploy.qdq import attributes
@@ -147,7 +147,7 @@ def weights(reader: Reader, node: NodeProto, axis: int, order: str, groups: int 
     if bias[0] is not None and reader.arrays[bias[0]].shape[-1:] != (channels,):  # Gemm's may be one number a row
         raise Refused(f"bias {bias[0]} {list(reader.arrays[bias[0]].shape)} is not one number an output channel")
     clips, codes = _clips(reader, stored), reader.arrays[weight]
-    reach = int(np.abs(codes.astype(np.int16)).max(initial=0)) if codes.dtype == np.int8 else 128
+    reach = int(np.abs(codes.astype(np.int16)).max(initial=0)) if codes.dtype == np.int8 else ANY_CODE
     few = not stored.real and np.unique(codes).size <= FEW
     return Weights(
         weight, kind == np.int8, stored.scale, stored.zero_point, *bias, channels, order, *clips, reach, stored.real,

@@ -53,13 +53,17 @@ def real_driver() -> bool:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
+def driver_file() -> Path:
+    """The emulated libcuda.so.1 for other processes, under another name."""
+    return compiled((HERE / "driver.cc").read_text(), "libcuda", "-Wl,-soname,libcuda.so.1")
+
+
 @functools.cache
 def driver() -> ctypes.CDLL:
     """The emulated libcuda.so.1, from now on the one of this process; skips where there is a real one."""
     if real_driver():
         pytest.skip("this machine has an NVIDIA driver, for which the emulated one cannot stand in: make test-gpu")
-    path = compiled((HERE / "driver.cc").read_text(), "libcuda", "-Wl,-soname,libcuda.so.1")
-    return ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(driver_file()), ctypes.RTLD_GLOBAL)
 
 
 def fake_compiler(arch: str) -> toolchain.Compiler:
@@ -69,16 +73,14 @@ def fake_compiler(arch: str) -> toolchain.Compiler:
 
 @contextmanager
 def emulating(arch: str) -> Iterator[None]:
-    """Inside, compiled models carry no machine code, and the next that is loaded runs emulated kernels."""
-    gpu = driver()
-    gpu.emulator_capability(int(arch.removeprefix("sm_")))
+    """Inside, compiled models carry the path of emulated kernels in place of machine code."""
+    driver().emulator_capability(int(arch.removeprefix("sm_")))
     ptx = f"#define __CUDA_ARCH__ {arch.removeprefix('sm_')}0\n" + (HERE / "ptx.cuh").read_text()
 
     def cubin(source: str, arch: str) -> bytes:
         begin = source.index("namespace kernels {")
         path = compiled(f"{ptx}\n{source[begin:]}", "kernels", f"-I{HERE}")
-        gpu.emulator_kernels(str(path).encode())
-        return b"no machine code"
+        return str(path).encode() + b"\0"
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "cubin", cubin)

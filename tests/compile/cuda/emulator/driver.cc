@@ -1,7 +1,10 @@
 // A stand-in for libcuda.so.1 whose kernels are functions of the host: memory is the host's, streams do not wait, and
-// graphs replay. `emulator_kernels` names the library of the next module; `emulator_fail` makes a function fail.
+// graphs replay. A module is the path of a library of such functions. `emulator_fail` makes a function fail. Who cannot
+// call emulator_... sets EMULATOR_FAIL ("cuInit=100") and EMULATOR_CAPABILITY ("90") for a program, and finds counts as
+// JSON in the file EMULATOR_LOG when it has ended.
 #include <dlfcn.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,11 +21,27 @@ typedef int (*Kernel)(const void*, const unsigned*, unsigned);
 typedef std::vector<std::function<Result()>> Graph;
 
 static std::recursive_mutex mutex;  // of all that follows, and of kernels, whose threads are fibers of one thread
-static std::string library;
 static std::map<std::string, int> failures;
 static int capability = 75;
 static std::map<DevicePointer, size_t> memory;
+static size_t most;  // blocks of memory at once
 static std::map<std::string, int> calls;
+
+static struct Environment {
+  Environment() {
+    const char *number = getenv("EMULATOR_CAPABILITY"), *text = getenv("EMULATOR_FAIL");
+    if (number) capability = atoi(number);
+    const char* result = text ? strchr(text, '=') : nullptr;
+    if (result) failures[std::string(text, result)] = atoi(result + 1);
+  }
+  ~Environment() {
+    const char* path = getenv("EMULATOR_LOG");
+    FILE* file = path ? fopen(path, "w") : nullptr;
+    if (!file) return;
+    fprintf(file, "{\"held\": %zu, \"most\": %zu, \"uploads\": %d}\n", memory.size(), most, calls["cuMemcpyHtoD"]);
+    fclose(file);
+  }
+} environment;
 
 struct Stream {
   bool captures = false;
@@ -54,7 +73,6 @@ static bool inside(DevicePointer pointer, size_t bytes) {
 }
 
 extern "C" {
-void emulator_kernels(const char* path) { library = path; }
 void emulator_fail(const char* name, int result) { failures[name] = result; }
 void emulator_heal() { failures.clear(); }
 void emulator_capability(int number) { capability = number; }
@@ -92,9 +110,9 @@ Result cuDevicePrimaryCtxRetain(void** context, int) {
 }
 Result cuDevicePrimaryCtxRelease_v2(int) { return 0; }
 Result cuCtxSetCurrent(void*) { return 0; }
-Result cuModuleLoadData(void** module, const void*) {
+Result cuModuleLoadData(void** module, const void* image) {
   if (Result failed = called("cuModuleLoadData")) return failed;
-  *module = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
+  *module = dlopen(static_cast<const char*>(image), RTLD_NOW | RTLD_LOCAL);
   return *module == nullptr ? 200 : 0;
 }
 Result cuModuleGetFunction(void** function, void* module, const char* name) {
@@ -109,6 +127,7 @@ Result cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {
   memset(found, 0xa5, bytes);  // nothing may depend on what was there
   *pointer = reinterpret_cast<DevicePointer>(found);
   memory[*pointer] = bytes;
+  if (memory.size() > most) most = memory.size();
   return 0;
 }
 Result cuMemFree_v2(DevicePointer pointer) {
