@@ -44,6 +44,17 @@ def framed(value: object) -> bytes:
     return struct.pack("<i", len(data)) + data
 
 
+def saying(data: bytes) -> Callable[[socket.socket], None]:
+    """Sends `data`, and reads until the other side closes: closing before that could overtake what was sent."""
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(data)
+        while connection.recv(1 << 16):
+            pass
+
+    return answer
+
+
 def replying(value: object) -> Callable[[socket.socket], None]:
     def answer(connection: socket.socket) -> None:
         connection.sendall(MAGIC_BYTES)
@@ -93,10 +104,10 @@ def test_what_is_no_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SECONDS", 0.3)
     hung = threading.Event()
     cases: list[tuple[Callable[[socket.socket], None], str]] = [
-        (lambda c: c.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "is no RPC tracker"),
+        (saying(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "is no RPC tracker"),
         (lambda c: c.close(), "no RPC tracker at"),
-        (lambda c: c.sendall(MAGIC_BYTES + struct.pack("<i", -5)), "sends -5 bytes"),
-        (lambda c: c.sendall(MAGIC_BYTES + struct.pack("<i", 3) + b"{{{"), "no RPC tracker at"),
+        (saying(MAGIC_BYTES + struct.pack("<i", -5)), "sends -5 bytes"),
+        (saying(MAGIC_BYTES + struct.pack("<i", 3) + b"{{{"), "no RPC tracker at"),
         (lambda c: bool(hung.wait(1.0)) or None, "does not answer within 0.3 s"),
     ]
     for answer, message in cases:
@@ -107,12 +118,10 @@ def test_what_is_no_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_waiting_for_a_free_device_ends() -> None:
-    def busy(connection: socket.socket) -> None:
-        connection.sendall(MAGIC_BYTES)
-        while connection.recv(1 << 16):
-            pass
-
-    with listening(busy) as tracker, pytest.raises(DeviceError, match="no device of key rpi5 became free within 0.2 s"):
+    with (
+        listening(saying(MAGIC_BYTES)) as tracker,
+        pytest.raises(DeviceError, match="no device of key rpi5 became free within 0.2 s"),
+    ):
         request(tracker, "rpi5", 0.2)
     with listening(replying([0, ["10.0.0.1", 9090, "rpi5:abc"]])) as tracker:
         assert request(tracker, "rpi5", 1.0) == ("10.0.0.1", 9090, "rpi5:abc")
