@@ -260,10 +260,15 @@ def _plain_pools(model: ModelProto, types: dict[str, FloatTensor]) -> dict[str, 
         source = types.get(node.input[0]) if node.op_type in ("MaxPool", "AveragePool") else None
         if source is None or not a.get("ceil_mode", 0) or a.get("auto_pad", b"NOTSET") != b"NOTSET":
             continue
-        kernel, size = a["kernel_shape"], source.shape[2:]
-        rank = len(kernel)
+        size = source.shape[2:]
+        rank = len(size)
+        kernel, pads = a.get("kernel_shape", []), list(a.get("pads", [0] * 2 * rank))
         strides, dilations = a.get("strides", [1] * rank), a.get("dilations", [1] * rank)
-        pads = list(a.get("pads", [0] * 2 * rank))
+        if (
+            not (len(kernel) == len(strides) == len(dilations) == rank and len(pads) == 2 * rank)
+            or min(strides, default=1) < 1
+        ):
+            continue  # malformed: refused where it is read
         for i in range(rank):
             reach = (kernel[i] - 1) * dilations[i] + 1
             windows = -(-(size[i] + pads[i] + pads[i + rank] - reach) // strides[i]) + 1
