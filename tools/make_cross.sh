@@ -55,7 +55,10 @@ if [ -n "$wanted" ]; then
     # shellcheck disable=SC2046,SC2086  # words
     unpack "$cross" $(closure system $wanted)
 fi
-for program in "$cross"/usr/bin/aarch64-linux-gnu-* "$cross/usr/bin/qemu-aarch64-static" "$cross/usr/bin/proot"; do
+if [ -e "$cross/usr/bin/qemu-aarch64-static" ]; then # static: no script, which proot could not start
+    ln -sf ../usr/bin/qemu-aarch64-static "$cross/bin/qemu-aarch64-static"
+fi
+for program in "$cross"/usr/bin/aarch64-linux-gnu-* "$cross/usr/bin/proot"; do
     [ -e "$program" ] || continue
     name=$(basename "$program")
     case $name in
