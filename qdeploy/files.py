@@ -65,11 +65,16 @@ def fsync_dir(path: Path) -> None:
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write `data` to `path`: temporary file in the same folder, fsync, rename, fsync the folder.
 
-    Raises DeviceError when the disk is full or the folder cannot be written; `path` is then unchanged.
+    A symbolic link is followed. Raises DeviceError when the disk is full, the folder cannot be written or `path` is a
+    folder, a device or a pipe; `path` is then unchanged.
     """
     path = Path(path)
     temporary = None
     try:
+        if path.is_symlink():
+            path = path.resolve()
+        if path.exists() and not path.is_file():
+            raise DeviceError(f"{path} is not a regular file: name another file to write")
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(fd, "wb") as file:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,25 @@ def test_canonical_json_round_trip(value: object) -> None:
 def test_json_that_is_refused(data: bytes) -> None:
     with pytest.raises(BundleError, match="it is not valid JSON"):
         parse_json(data, "it", BundleError)
+
+
+def test_write_atomic_leaves_pipes_and_folders_alone(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    link = tmp_path / "link"
+    link.symlink_to(pipe)
+    for path in (pipe, link, tmp_path):
+        with pytest.raises(DeviceError, match="not a regular file"):
+            write_atomic(path, b"new")
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and link.is_symlink() and sorted(tmp_path.iterdir()) == [link, pipe]
+
+
+def test_write_atomic_follows_a_link(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    link = tmp_path / "here" / "link"
+    link.symlink_to(tmp_path / "there")
+    write_atomic(link, b"new")
+    assert link.is_symlink() and (tmp_path / "there").read_bytes() == b"new"
 
 
 def test_write_atomic_replaces_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
