@@ -1,8 +1,4 @@
-"""The built-in HTTP server: a published tree (qdeploy/bundle/FORMAT.md) and nothing else.
-
-A convenience on top of a static tree: any web server, CDN or object store can take its place. Three kinds of name
-exist; a request for anything else is 404, so there is nothing to traverse, list or escape to.
-"""
+"""Running the built-in HTTP server: what it listens on, how it starts and how it ends."""
 
 from __future__ import annotations
 
@@ -10,254 +6,215 @@ import asyncio
 import contextlib
 import errno
 import os
-import re
 import signal
-import stat
+import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from aiohttp import web
 
-from qdeploy.errors import BundleError, DeviceError
-from qdeploy.files import sha256
-from qdeploy.serve.byte_log import ByteLog, Sent
-from qdeploy.serve.ranges import Span, UnsatisfiableRange, not_modified, parse_range, range_applies
+from qdeploy.errors import DataError, DeviceError
+from qdeploy.serve.admin import Admin
+from qdeploy.serve.byte_log import ByteLog
+from qdeploy.serve.database import StateDatabase
+from qdeploy.serve.limits import Limits, allow_files
+from qdeploy.serve.logs import LineFile
+from qdeploy.serve.metrics import Metrics
+from qdeploy.serve.reports import Reports
+from qdeploy.serve.site import Site
+from qdeploy.serve.tree import check_published
 
-RELEASE = "release.json"
-_IMMUTABLE = re.compile(r"/(manifests|objects)/([0-9a-f]{64})(\.json)?", re.ASCII)
-FOREVER = "public, max-age=31536000, immutable"
-CHUNK = 1 << 18
-RELEASE_LIMIT = 1 << 20  # a release.json is a few hundred bytes; it is hashed at each request
-STOP_GRACE_S = 2.0  # how long running downloads may go on after a stop; clients resume
+BACKLOG = 1024
+HANDSHAKE_S = 10.0
 
 
-def split_path(raw_path: str) -> tuple[str, ...] | None:
-    """File name parts for a request's raw path, or None when it is not one of the tree's names.
+@dataclass(frozen=True)
+class Options:
+    """How to serve. `port` 0 picks a free one.
 
-    The undecoded path is matched, so an encoded slash or dot never becomes one.
+    `log` gets one JSON line a request (`byte_log.Sent`), `access_log` one in the common log format (`-` is standard
+    error). `cert` and `key` are PEM files: TLS. `devices` is the SQLite file for what devices report; they need
+    `token` if it is set. `admin_port` has metrics and the fleet (admin.py), on 127.0.0.1 only.
     """
-    path = raw_path.partition("?")[0]
-    if path == f"/{RELEASE}":
-        return (RELEASE,)
-    match = _IMMUTABLE.fullmatch(path)
-    if match is None or (match[1] == "manifests") != (match[3] is not None):
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    log: Path | None = None
+    access_log: Path | None = None
+    cert: Path | None = None
+    key: Path | None = None
+    devices: Path | None = None
+    token: str | None = None
+    admin_port: int | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+def _tls(options: Options) -> ssl.SSLContext | None:
+    if options.cert is None and options.key is None:
         return None
-    return match[1], match[2] + (match[3] or "")
-
-
-def open_beneath(root: Path, parts: tuple[str, ...]) -> int:
-    """Open a regular file below `root` for reading, following no symbolic link; raises OSError otherwise."""
-    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    if options.cert is None or options.key is None:
+        raise DataError("TLS needs both files: --cert FILE and --key FILE")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        for part in parts[:-1]:
-            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
-            os.close(folder)
-            folder = inner
-        # O_NONBLOCK: opening a fifo must not hang the server; the check below refuses it
-        fd = os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
-    finally:
-        os.close(folder)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "not a regular file")
-    return fd
+        # an empty password: an encrypted key is an error here, not a prompt
+        context.load_cert_chain(options.cert, options.key, password="")
+    except (OSError, ValueError) as e:  # ssl.SSLError is an OSError
+        files = f"{options.cert} and {options.key}"
+        raise DataError(f"cannot use {files} for TLS ({e}): name a PEM certificate and its unencrypted key") from e
+    return context
 
 
-def _headers(parts: tuple[str, ...], fd: int) -> tuple[str, dict[str, str]]:
-    """Entity tag and the headers that every answer for this file carries."""
-    if parts == (RELEASE,):
-        tag, cache, kind = sha256(os.pread(fd, RELEASE_LIMIT, 0)), "no-cache", "application/json"
-    else:
-        tag, cache = parts[-1].removesuffix(".json"), FOREVER
-        kind = "application/json" if parts[0] == "manifests" else "application/octet-stream"
-    return tag, {
-        "ETag": f'"{tag}"',
-        "Cache-Control": cache,
-        "Content-Type": kind,
-        "Accept-Ranges": "bytes",
-        "X-Content-Type-Options": "nosniff",
-    }
-
-
-class _Tree:
-    """Answers requests for the files below `root`."""
-
-    def __init__(self, root: Path, log: ByteLog | None) -> None:
-        self.root = root
-        self.log = log
-
-    def _record(self, request: web.Request, status: int, span: Span, sent: int) -> None:
-        if self.log is not None:
-            asked = request.headers.get("Range")
-            self.log.write(Sent(request.method, request.raw_path, asked, status, span.start, span.size, sent))
-
-    def _short(self, request: web.Request, status: int, headers: dict[str, str]) -> web.Response:
-        body = b""
-        if status != 304:
-            body, headers = b"%d\n" % status, headers | {"Content-Type": "text/plain"}
-        self._record(request, status, Span(0, 0), 0)
-        return web.Response(status=status, body=body, headers=headers)
-
-    async def answer(self, request: web.Request) -> web.StreamResponse:
-        """The one handler."""
-        parts = split_path(request.raw_path)
-        if parts is None:
-            return self._short(request, 404, {})
-        if request.method not in ("GET", "HEAD"):
-            return self._short(request, 405, {"Allow": "GET, HEAD"})
-        try:
-            fd = open_beneath(self.root, parts)
-        except OSError:
-            return self._short(request, 404, {})
-        try:
-            return await self._send(request, parts, fd)
-        finally:
-            os.close(fd)
-
-    async def _send(self, request: web.Request, parts: tuple[str, ...], fd: int) -> web.StreamResponse:
-        size = os.fstat(fd).st_size
-        tag, headers = _headers(parts, fd)
-        if not_modified(request.headers.get("If-None-Match"), tag):
-            return self._short(request, 304, headers)
-        status, span = 200, Span(0, size)
-        if request.method == "GET" and range_applies(request.headers.get("If-Range"), tag):
-            try:
-                asked = parse_range(request.headers.get("Range"), size)
-            except UnsatisfiableRange:
-                return self._short(request, 416, headers | {"Content-Range": f"bytes */{size}"})
-            if asked is not None:
-                status, span = 206, asked
-                headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{size}"
-        return await self._stream(request, status, headers, fd, span)
-
-    async def _stream(
-        self, request: web.Request, status: int, headers: dict[str, str], fd: int, span: Span
-    ) -> web.StreamResponse:
-        response = web.StreamResponse(status=status, headers=headers)
-        response.content_length = span.size
-        size = span.size if request.method == "GET" else 0
-        sent = 0
-        if not size:
-            self._record(request, status, span, 0)
-        try:
-            await response.prepare(request)
-            while sent < size:
-                chunk = os.pread(fd, min(CHUNK, size - sent), span.start + sent)
-                if not chunk:  # the file was cut under us: break off, so that the reader sees a short body
-                    raise ConnectionResetError("file became shorter")
-                sent += len(chunk)
-                if sent == size:  # before the reader has it all: who has read the answer finds it in the log
-                    self._record(request, status, span, sent)
-                await response.write(chunk)
-            await response.write_eof()
-        finally:
-            if sent < size:
-                self._record(request, status, span, sent)
-        return response
-
-
-def make_app(root: Path, log: ByteLog | None = None) -> web.Application:
-    """An aiohttp application that serves the published tree `root`.
-
-    `release.json` is revalidated at each use; manifests and objects are immutable. Raises BundleError when `root`
-    holds no release.
-    """
-    root = Path(root).absolute()
+async def _listen(server: web.Server, host: str, port: int, tls: ssl.SSLContext | None) -> asyncio.Server:
+    """Raises DeviceError."""
+    loop = asyncio.get_running_loop()
+    handshake = None if tls is None else HANDSHAKE_S
     try:
-        os.close(open_beneath(root, (RELEASE,)))
+        return await loop.create_server(
+            server, host, port, ssl=tls, backlog=BACKLOG, ssl_handshake_timeout=handshake, reuse_address=True
+        )
     except OSError as e:
-        raise BundleError(f"{root} holds no {RELEASE}: make a published tree with `qdeploy bundle`") from e
-    app = web.Application()
-    app.router.add_route("*", "/{name:.*}", _Tree(root, log).answer)
-    return app
+        if e.errno == errno.EADDRINUSE:
+            hint = "stop the program that holds it or choose another (0 picks a free one)"
+            raise DeviceError(f"port {port} on {host} is in use: {hint}") from e
+        raise DeviceError(f"cannot listen on {host} port {port}: {e.strerror or e}") from e
 
 
-async def _run(app: web.Application, host: str, port: int, ready: Callable[[str], None], stop: asyncio.Event) -> None:
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=STOP_GRACE_S)
-    await runner.setup()
+@contextlib.asynccontextmanager
+async def _listening(
+    server: web.Server, host: str, port: int, tls: ssl.SSLContext | None, stop_s: float
+) -> AsyncIterator[str]:
+    """Listen while the block runs; yields the URL. At its end running answers have `stop_s` seconds."""
+    line = await _listen(server, host, port, tls)
     try:
-        try:
-            await web.TCPSite(runner, host, port).start()
-        except OSError as e:
-            if e.errno == errno.EADDRINUSE:
-                hint = "stop the program that holds it or choose another with --port (0 picks a free one)"
-                raise DeviceError(f"port {port} on {host} is in use: {hint}") from e
-            raise DeviceError(f"cannot listen on {host} port {port}: {e.strerror or e}") from e
-        bound_host, bound_port = runner.addresses[0][:2]
-        ready(f"http://[{bound_host}]:{bound_port}" if ":" in bound_host else f"http://{bound_host}:{bound_port}")
-        await stop.wait()
+        bound_host, bound_port = line.sockets[0].getsockname()[:2]
+        name = f"[{bound_host}]" if ":" in bound_host else bound_host
+        yield f"{'http' if tls is None else 'https'}://{name}:{bound_port}"
     finally:
-        await runner.cleanup()
+        line.close()
+        await asyncio.sleep(0)  # requests that have arrived begin
+        server.pre_shutdown()
+        # aiohttp waits for an answer, then as long for its connection; 0 would be for ever
+        await server.shutdown(max(stop_s, 0.01) / 2)
 
 
-def serve(
-    root: Path,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    log: Path | None = None,
-    echo: Callable[[str], None] | None = None,
-) -> None:
-    """Serve the published tree `root` until SIGINT or SIGTERM, then stop gracefully.
+Ready = Callable[[str, str | None], None]  # gets the URL and the operators' one
 
-    `port` 0 picks a free one; `echo` gets one line with the URL once the server listens. `log` is a file that gets
-    one JSON line a request (`byte_log.Sent`). Raises BundleError when `root` is not a published tree, DeviceError
-    when the port is in use or the log cannot be written.
+
+async def _run(root: Path, options: Options, tls: ssl.SSLContext | None, ready: Ready, stop: asyncio.Event) -> None:
+    metrics = Metrics()
+    limits = options.limits
+    async with contextlib.AsyncExitStack() as stack:
+        byte_log = None if options.log is None else stack.enter_context(ByteLog(options.log))
+        access = None if options.access_log is None else LineFile(options.access_log, "access log")
+        if access is not None:
+            stack.enter_context(access)
+        reports = None
+        if options.devices is not None:
+            database = stack.enter_context(contextlib.closing(StateDatabase(options.devices)))
+            reports = Reports(database, options.token, limits, metrics)
+            stack.push_async_callback(reports.close)
+        site = Site(root, limits, metrics, byte_log, access, reports).server()
+        url = await stack.enter_async_context(_listening(site, options.host, options.port, tls, limits.stop_s))
+        admin_url = None
+        if options.admin_port is not None:
+            admin = Admin(root, metrics, options.devices).server()
+            admin_url = await stack.enter_async_context(
+                _listening(admin, "127.0.0.1", options.admin_port, None, limits.stop_s)
+            )
+        ready(url, admin_url)
+        await stop.wait()
+
+
+def _checked(root: Path, options: Options) -> tuple[Path, ssl.SSLContext | None]:
+    """What must be right before anything is opened."""
+    if options.token is not None and options.devices is None:
+        raise DataError("a token is for reports of devices: add --devices FILE")
+    allow_files(options.limits.connections)
+    return check_published(root), _tls(options)
+
+
+def serve(root: Path, options: Options | None = None, echo: Callable[[str], None] | None = None) -> None:
+    """Serve the published tree `root` until SIGINT or SIGTERM, then stop gracefully; a second signal ends it at once.
+
+    `echo` gets one line with the URL once the server listens. Raises BundleError when `root` is not a published tree,
+    DataError when certificate or key are of no use, DeviceError when the port is in use or a file cannot be written.
     """
+    options = options or Options()
+    root, tls = _checked(root, options)
 
-    async def main(app: web.Application) -> None:
+    async def main() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+
+        def end(number: int) -> None:
+            if stop.is_set():
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            stop.set()
+
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, end, number)
 
-        def ready(url: str) -> None:
+        def ready(url: str, admin: str | None) -> None:
             if echo is not None:
-                echo(f"serving {root} at {url} (Ctrl-C stops)")
+                echo(f"serving {root} at {url} (Ctrl-C stops)" + (f", operators at {admin}" if admin else ""))
 
-        await _run(app, host, port, ready, stop)
+        await _run(root, options, tls, ready, stop)
 
-    with contextlib.ExitStack() as stack:
-        byte_log = stack.enter_context(ByteLog(log)) if log is not None else None
-        asyncio.run(main(make_app(root, byte_log)))
+    asyncio.run(main())
 
 
 @contextlib.contextmanager
-def serving(root: Path, host: str = "127.0.0.1", port: int = 0, log: Path | None = None) -> Iterator[str]:
-    """Serve `root` from a thread of this process while the block runs; yields the URL. Errors as `serve`."""
+def serving(
+    root: Path, host: str = "127.0.0.1", port: int = 0, log: Path | None = None, options: Options | None = None
+) -> Iterator[str]:
+    """Serve `root` from a thread of this process while the block runs; yields the URL. Errors as `serve`.
+
+    `options` stands for the other arguments when there is more to say.
+    """
+    with serving_both(root, options or Options(host, port, log, limits=Limits(stop_s=2.0))) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def serving_both(root: Path, options: Options) -> Iterator[tuple[str, str | None]]:
+    """As `serving`; yields the URL and the operators' one."""
+    root, tls = _checked(root, options)
     started = threading.Event()
-    url: list[str] = []
+    urls: list[tuple[str, str | None]] = []
     failure: list[BaseException] = []
     control: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
-    def ready(address: str) -> None:
-        url.append(address)
+    def ready(url: str, admin: str | None) -> None:
+        urls.append((url, admin))
         started.set()
 
-    async def main(app: web.Application) -> None:
+    async def main() -> None:
         stop = asyncio.Event()
         control.append((asyncio.get_running_loop(), stop))
-        await _run(app, host, port, ready, stop)
+        await _run(root, options, tls, ready, stop)
 
-    def work(app: web.Application) -> None:
+    def work() -> None:
         try:
-            asyncio.run(main(app))
+            asyncio.run(main())
         except BaseException as e:  # noqa: BLE001 - carried over to the caller's thread
             failure.append(e)
         finally:
             started.set()
 
-    with contextlib.ExitStack() as stack:
-        byte_log = stack.enter_context(ByteLog(log)) if log is not None else None
-        thread = threading.Thread(target=work, args=(make_app(root, byte_log),), daemon=True)
-        thread.start()
-        started.wait()
-        try:
-            if failure:
-                raise failure[0]
-            yield url[0]
-        finally:
-            if url:
-                loop, stop = control[0]
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    started.wait()
+    try:
+        if not urls:
+            raise failure[0]
+        yield urls[0]
+    finally:
+        if urls and thread.is_alive():
+            loop, stop = control[0]
+            with contextlib.suppress(RuntimeError):  # it has ended by itself
                 loop.call_soon_threadsafe(stop.set)
-            thread.join()
+        thread.join()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
-from qdeploy.errors import DataError, DeviceError
+from qdeploy.errors import DataError
+from qdeploy.serve.logs import LineFile
 
 
 @dataclass(frozen=True)
@@ -24,28 +24,15 @@ class Sent:
     sent: int
 
 
-class ByteLog:
+class ByteLog(LineFile):
     """Appends `Sent` rows to a file, one line each, flushed at once; a context manager."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._file = open(path, "a", encoding="ascii", buffering=1)  # noqa: SIM115 - lives as long as the server
-        except OSError as e:
-            raise DeviceError(f"cannot write the byte log {path}: {e.strerror or e}") from e
+        super().__init__(path, "byte log")
 
-    def write(self, row: Sent) -> None:
+    def row(self, row: Sent) -> None:
         """Append one row."""
-        self._file.write(json.dumps(asdict(row)) + "\n")
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> ByteLog:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self.write(json.dumps(asdict(row)))
 
 
 def read_byte_log(path: Path) -> list[Sent]:
