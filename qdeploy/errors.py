@@ -35,3 +35,7 @@ class DeviceError(QDeployError):
 
 class FetchError(QDeployError):
     """A download failed; what was verified is kept and the next call resumes."""
+
+
+class TrustError(QDeployError):
+    """Signed metadata is absent, expired, replayed or signed by the wrong keys; nothing of it was taken."""
