@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -18,8 +20,8 @@ from qdeploy.files import read_bytes, sha256
 
 ReadPiece = Callable[[int], bytes]  # index of a piece -> its decoded bytes; raises BundleError unless they verify
 RawPart = tuple[int, str, bytes]  # planes, layout, bytes
-# (parts, weights, shift, bias) -> uint8 codes; `Artifact.join` of qdeploy/compile/artifact.py is one
-Join = Callable[[Sequence[RawPart], int, int, int], np.ndarray]
+# (parts, weights, shift, bias, planes) -> uint8 codes; `Artifact.join` of qdeploy/compile/artifact.py is one
+Join = Callable[[Iterable[RawPart], int, int, int, int], np.ndarray]
 
 RELEASE_NAME = "release.json"
 
@@ -74,20 +76,24 @@ def _codes(
     if compiled is None or not isinstance(entry.offset, int) or not entry.bits:
         return container(tensor_prefix(tensor, area, entry.bits, read), entry, area.dtype, tensor.caps)
     bias = entry.offset - ((1 << entry.bits >> 1) << entry.shift)
-    codes = compiled(tensor_parts(tensor, area, entry.bits, read), area.count, entry.shift, bias)
+    codes = compiled(each_part(tensor, area, entry.bits, read), area.count, entry.shift, bias, entry.bits)
     return codes.view(area.dtype).reshape(area.shape)
 
 
-def tensor_parts(tensor: Tensor, area: Initializer, bits: int, read: ReadPiece) -> list[RawPart]:
-    """The parts of a weight tensor that hold its first `bits` planes."""
-    parts, held = [], 0
+def each_part(tensor: Tensor, area: Initializer, bits: int, read: ReadPiece) -> Iterator[RawPart]:
+    """The parts of a weight tensor that hold its first `bits` planes, each read when it is asked for."""
+    held = 0
     for part in tensor.parts:
         if held + part.bits > bits:
             break
         length = part_bytes(part, packed_weights(tensor, area.shape, held))
-        parts.append((part.bits, part.layout, read(part.piece)[part.start : part.start + length]))
+        yield part.bits, part.layout, read(part.piece)[part.start : part.start + length]
         held += part.bits
-    return parts
+
+
+def tensor_parts(tensor: Tensor, area: Initializer, bits: int, read: ReadPiece) -> list[RawPart]:
+    """The parts of a weight tensor that hold its first `bits` planes."""
+    return list(each_part(tensor, area, bits, read))
 
 
 def tensor_prefix(tensor: Tensor, area: Initializer, bits: int, read: ReadPiece) -> np.ndarray:
@@ -125,30 +131,99 @@ def level_tensors(
     return arrays
 
 
-def assemble(manifest: Manifest, level: str, read: ReadPiece) -> bytes:
-    """The ONNX file of a level, byte for byte as it was exported; raises BundleError unless its SHA-256 fits."""
-    target, read = manifest.level(level), remembering(read)
+def level_reader(
+    manifest: Manifest, level: str, read: ReadPiece, compiled: Join | None = None
+) -> Callable[[str], np.ndarray]:
+    """`level_tensors`, one at a time: name of an initializer -> its array, made anew at each call.
+
+    It keeps the skeleton, the side piece and what the weight tensor that was asked for last shares with others. Raises
+    KeyError for a name that the level does not have.
+    """
+    target, weights = manifest.level(level), 0
     skeleton = memoryview(read(manifest.skeleton))
     side = memoryview(b"" if target.side is None else read(target.side))
-    out: list[bytes | memoryview] = []
+    places: dict[str, tuple[Initializer, int]] = {}  # with the tensor's number, or where its bytes begin
+    cut = used = 0
+    for area in manifest.initializers:
+        places[area.name] = area, {"planes": weights, "side": used}.get(area.kind, area.offset - cut)
+        weights += area.kind == "planes"
+        used += area.length if area.kind == "side" else 0
+        cut += area.length if area.kind != "fixed" else 0
+    recent = _recent(manifest, read)
+
+    def load(name: str) -> np.ndarray:
+        area, at = places[name]
+        if area.kind == "planes":
+            return _codes(manifest, at, target, area, recent(at), compiled)
+        source = side if area.kind == "side" else skeleton
+        values = np.frombuffer(source[at : at + area.length], np.dtype(area.dtype).newbyteorder("<"))
+        return values.astype(np.dtype(area.dtype)).reshape(area.shape)
+
+    return load
+
+
+def _recent(manifest: Manifest, read: ReadPiece) -> Callable[[int], ReadPiece]:
+    """Number of a weight tensor -> a reader of its pieces, which keeps those that other tensors share, no others."""
+    users = Counter(piece for tensor in manifest.tensors for piece in {part.piece for part in tensor.parts})
+    kept: dict[int, bytes] = {}
+
+    def reader(tensor: int) -> ReadPiece:
+        for piece in set(kept) - {part.piece for part in manifest.tensors[tensor].parts}:
+            del kept[piece]
+
+        def one(piece: int) -> bytes:
+            if users[piece] == 1:
+                return read(piece)
+            if piece not in kept:
+                kept[piece] = read(piece)
+            return kept[piece]
+
+        return one
+
+    return reader
+
+
+def level_parts(
+    manifest: Manifest, level: str, read: ReadPiece, compiled: Join | None = None
+) -> Iterator[bytes | memoryview]:
+    """The ONNX file of a level, a weight tensor at a time; nothing is checked but the pieces."""
+    target, recent = manifest.level(level), _recent(manifest, read)
+    skeleton = memoryview(read(manifest.skeleton))
+    side = memoryview(b"" if target.side is None else read(target.side))
     kept = used = weights = end = 0  # bytes of skeleton and side used, weight tensors so far, end of the last area
     for area in manifest.of_kind("planes", "side"):
         gap = area.offset - end
-        out.append(skeleton[kept : kept + gap])
+        yield skeleton[kept : kept + gap]
         kept += gap
         if area.kind == "planes":
-            out.append(_codes(manifest, weights, target, area, read).tobytes())
+            yield _codes(manifest, weights, target, area, recent(weights), compiled).reshape(-1).view(np.uint8).data
             weights += 1
         else:
-            out.append(side[used : used + area.length])
+            yield side[used : used + area.length]
             used += area.length
         end = area.offset + area.length
-    out.append(skeleton[kept:])
-    data = b"".join(out)
-    if len(data) != manifest.size or sha256(data) != target.sha256:
-        raise BundleError(
-            f"level {level} does not assemble to the file that the manifest names: fetch the bundle again"
-        )
+    yield skeleton[kept:]
+
+
+def verify_parts(manifest: Manifest, level: str, read: ReadPiece, compiled: Join | None = None) -> None:
+    """Raise BundleError unless the level assembles to its SHA-256; no more than a tensor of it is in memory."""
+    digest, size = hashlib.sha256(), 0
+    for part in level_parts(manifest, level, read, compiled):
+        digest.update(part)
+        size += len(part)
+    if size != manifest.size or digest.hexdigest() != manifest.level(level).sha256:
+        raise _not_assembled(level)
+
+
+def _not_assembled(level: str) -> BundleError:
+    return BundleError(f"level {level} does not assemble to the file that the manifest names: fetch the bundle again")
+
+
+def assemble(manifest: Manifest, level: str, read: ReadPiece) -> bytes:
+    """The ONNX file of a level, byte for byte as it was exported; raises BundleError unless its SHA-256 fits."""
+    data = b"".join(level_parts(manifest, level, remembering(read)))
+    if len(data) != manifest.size or sha256(data) != manifest.level(level).sha256:
+        raise _not_assembled(level)
     return data
 
 

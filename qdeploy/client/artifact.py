@@ -9,8 +9,9 @@ from typing import Any
 
 from qdeploy.bundle.manifest import Artifact, Manifest
 from qdeploy.bundle.store import ReadPiece
+from qdeploy.client.disk import write_file
 from qdeploy.errors import BundleError
-from qdeploy.files import canonical_json, sha256, write_atomic
+from qdeploy.files import canonical_json, sha256
 
 
 def _features(target: Mapping[str, Any]) -> list[str]:
@@ -63,14 +64,19 @@ def choose_artifact(manifest: Manifest, target: str | None) -> tuple[int | None,
     return max(suited, key=rank), None
 
 
+def artifact_folder(manifest: Manifest, index: int) -> str:
+    """Path below the device folder of an unpacked artifact: equal for equal files."""
+    rows = [[name, manifest.pieces[piece].sha256] for name, piece in manifest.artifacts[index].files]
+    return f"artifacts/{sha256(canonical_json(rows))}"
+
+
 def unpack_artifact(folder: Path, manifest: Manifest, index: int, read: ReadPiece) -> Path:
     """Folder below `folder` with the artifact's files, each compared with its verified piece and mended if it differs.
 
     Raises BundleError when a piece is damaged, DeviceError when a file cannot be written.
     """
     files = manifest.artifacts[index].files
-    rows = [[name, manifest.pieces[piece].sha256] for name, piece in files]
-    target = Path(folder) / "artifacts" / sha256(canonical_json(rows))
+    target = Path(folder) / artifact_folder(manifest, index)
     for name, piece in files:
         data = read(piece)
         try:
@@ -78,5 +84,5 @@ def unpack_artifact(folder: Path, manifest: Manifest, index: int, read: ReadPiec
         except OSError:
             same = False
         if not same:
-            write_atomic(target / name, data)
+            write_file(target / name, data)
     return target

@@ -41,8 +41,31 @@ class Patience:
     timeout_s: float = 20.0  # to connect, and for each silence
     attempts: int = 4
     pause_s: float = 0.25  # before the second attempt; doubles
-    grace_s: float = 30.0  # an exchange may take this long and its bytes at the floor rate
+    grace_s: float = 30.0  # in each stretch of this length, bytes must come at the floor rate or faster
     floor_bytes_per_s: float = 1024.0
+
+
+class Pace:
+    """A cap on bytes a second, shared by all sources of a download."""
+
+    def __init__(self, bytes_per_s: float | None = None) -> None:
+        """Without a number there is no cap. Raises FetchError unless it is positive."""
+        if bytes_per_s is not None and not bytes_per_s > 0:
+            raise FetchError(f"a rate of {bytes_per_s} bytes a second never ends: give a positive one")
+        self.bytes_per_s = bytes_per_s
+        self._free = 0.0  # when the line is free again
+
+    @property
+    def chunk(self) -> int:
+        """Bytes to read at once: a tenth of a second's, so that the load is even."""
+        return CHUNK if self.bytes_per_s is None else max(1, min(CHUNK, int(self.bytes_per_s / 10)))
+
+    def spend(self, count: int) -> None:
+        """Wait as long as `count` bytes take."""
+        if self.bytes_per_s is not None:
+            now = time.monotonic()
+            self._free = max(self._free, now) + count / self.bytes_per_s
+            time.sleep(self._free - now)
 
 
 @dataclass(frozen=True)
@@ -76,9 +99,10 @@ class Source:
     knows no ranges.
     """
 
-    def __init__(self, url: str, patience: Patience | None = None) -> None:
+    def __init__(self, url: str, patience: Patience | None = None, pace: Pace | None = None) -> None:
         self.url = url
         self.patience = patience or Patience()
+        self.pace = pace or Pace()
         self.requests = self.received = self.skipped = 0
         scheme, host, port, self._prefix = split_url(url)
         kind = http.client.HTTPSConnection if scheme == "https" else http.client.HTTPConnection
@@ -124,7 +148,7 @@ class Source:
     # --- one exchange ------------------------------------------------------------------------------------------------
 
     def _small(self, path: str, limit: int) -> bytes:
-        with self._request(path, {}, limit) as response:
+        with self._request(path, {}) as response:
             if response.status != 200:
                 raise self._refusal(path, response)
             if response.length is not None and response.length > limit:
@@ -142,7 +166,7 @@ class Source:
     def _exchange(self, path: str, size: int, todo: list[Span]) -> Iterator[tuple[int, bytes]]:
         first = todo[0]
         headers = {"Range": f"bytes={first.start}-{first.stop - 1}"}
-        with self._request(path, headers, size) as response:
+        with self._request(path, headers) as response:
             if response.status == 206:
                 self._check_content_range(path, response, first, size)
                 at, spans = first.start, [first]
@@ -155,7 +179,7 @@ class Source:
             for span in spans:
                 while at < span.stop:
                     target = span.start if at < span.start else span.stop
-                    chunk = self._read(response, path, target - at)
+                    chunk = self._read(response, path, min(target - at, CHUNK - at % CHUNK))  # of one leaf
                     if not chunk:
                         raise _Dropped(f"it ended {span.stop - at} bytes early")
                     if at < span.start:
@@ -166,26 +190,34 @@ class Source:
             if response.status == 206 and response.length is None and self._read(response, path, 1):
                 raise FetchError(f"{self._name(path)}: the server sent more than was asked for")
 
+    @property
+    def _floor(self) -> float:
+        """Bytes a second that are too few; a cap of our own counts for the server."""
+        floor, cap = self.patience.floor_bytes_per_s, self.pace.bytes_per_s
+        return floor if cap is None else min(floor, cap / 2)
+
+    def _watch(self, line: socket.socket, over: threading.Event, slow: threading.Event) -> None:
+        """Cut the line when too few bytes of body come in a stretch of `grace_s`; a thread of its own for a request."""
+        seen = self.received
+        while not over.wait(self.patience.grace_s):
+            if self.received - seen < self._floor * self.patience.grace_s:
+                slow.set()
+                with contextlib.suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)
+                return
+            seen = self.received
+
     @contextlib.contextmanager
-    def _request(self, path: str, headers: dict[str, str], size: int) -> Iterator[http.client.HTTPResponse]:
+    def _request(self, path: str, headers: dict[str, str]) -> Iterator[http.client.HTTPResponse]:
         """One answered request. A watchdog cuts the line when header and body come slower than the floor rate."""
-        connection, patience = self._connection, self.patience
-        expired = threading.Event()
-
-        def cut() -> None:
-            expired.set()
-            with contextlib.suppress(OSError, AttributeError):
-                line.shutdown(socket.SHUT_RDWR)
-
+        connection = self._connection
+        over, slow = threading.Event(), threading.Event()
         self.requests += 1
-        watchdog = threading.Timer(patience.grace_s + size / patience.floor_bytes_per_s, cut)
-        watchdog.daemon = True
         response, sound = None, False
         try:
             if connection.sock is None:
                 connection.connect()
-            line: socket.socket = connection.sock
-            watchdog.start()
+            threading.Thread(target=self._watch, args=(connection.sock, over, slow), daemon=True).start()
             connection.request("GET", f"{self._prefix}/{path}", headers={"Accept-Encoding": "identity"} | headers)
             response = connection.getresponse()
             self._check_encoding(path, response)
@@ -194,12 +226,12 @@ class Source:
         except ssl.SSLCertVerificationError as e:
             raise FetchError(f"{self.url}: the server's certificate is not trusted: {e.verify_message}") from e
         except (OSError, http.client.HTTPException, _Dropped) as e:
-            if expired.is_set():
-                rate = f"{patience.floor_bytes_per_s:.0f} bytes a second"
+            if slow.is_set():
+                rate = f"{self._floor:.0f} bytes a second"
                 raise FetchError(f"{self._name(path)} came slower than {rate}: {AGAIN}, or use another server") from e
             raise _Dropped(str(e) or type(e).__name__) from e
         finally:
-            watchdog.cancel()
+            over.set()
             if response is not None and sound:
                 response.close()
             else:  # what is left of the body must not be taken for the next answer
@@ -207,10 +239,11 @@ class Source:
 
     def _read(self, response: http.client.HTTPResponse, path: str, limit: int) -> bytes:
         try:
-            chunk = response.read1(min(limit, CHUNK))
+            chunk = response.read1(min(limit, self.pace.chunk))
         except ValueError as e:  # a chunk size that is no number
             raise FetchError(f"{self._name(path)}: the server's answer is not HTTP: {e}") from e
         self.received += len(chunk)
+        self.pace.spend(len(chunk))
         return chunk
 
     # --- judgements --------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ Commands, one a line: `climb LEVEL`, `drop LEVEL`, `stop`; the end of input stop
 * `{"event": "ready", "level", "levels_held", "images"}`
 * `{"event": "run", "level", "first", "n", "correct", "median_ms", "max_ms"}`: n images from number `first` on, all by
   this level; one line at the end of each pass over the images and at each change of level
-* `{"event": "climb"|"drop", "level", "fetched", "bytes", "seconds"}`: done; inference went on meanwhile
+* `{"event": "climb"|"drop", "level", "fetched", "bytes", "seconds", "pause_ms"}`: done; inference went on meanwhile
 * `{"event": "error", "command", "error"}`: the level before stays
 * `{"event": "stopped", "level"}`
 """
@@ -84,7 +84,7 @@ def _obey(runner: LevelRunner, commands: TextIO, report: _Reporter, stop: thread
             seconds = round(time.perf_counter() - began, 4)
             fetched = {kind: size for kind, size in done.fetched.items() if size}
             row = {"event": verb, "level": done.level, "fetched": fetched, "bytes": done.total_fetched}
-            report(row | {"seconds": seconds})
+            report(row | {"seconds": seconds, "pause_ms": round(runner.pause_s * 1e3, 4)})
     finally:
         stop.set()
 
@@ -125,12 +125,15 @@ def serve_inference(
     out: TextIO,
     runtime: str = "tvm",
     interval_s: float = 0.0,
+    mode: str = "swap",
+    rate: float | None = None,
 ) -> None:
     """Run the images in `images` over and over until told to stop; see the module's docstring.
 
-    `interval_s` is a rest between two images. Raises what `LevelRunner` and `load_images` raise, before "ready".
+    `interval_s` is a rest between two images, `mode` how levels change (runtime.py), `rate` caps the bytes a second of
+    climbs. Raises what `LevelRunner` and `load_images` raise, before "ready".
     """
-    runner = LevelRunner(folder, runtime)
+    runner = LevelRunner(folder, runtime, mode=mode, rate=rate)
     x = to_input(load_images(images), runner.sample)
     truth = load_labels(labels) if labels is not None else None
     if truth is not None and len(truth) != len(x):

@@ -25,16 +25,15 @@ class Extent:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one step of a download writes: bytes of one object, with their digest where the manifest has one.
+    """What one step of a download writes: bytes `start` to `stop` of one object.
 
-    `piece` is the index of the piece that it belongs to; `last` says that this unit completes that piece.
+    `proofs` are the extents that must have their digest once these bytes are in place. Nearly always that is one: the
+    leaf that the unit is.
     """
 
     start: int
     stop: int
-    sha256: str | None
-    piece: int
-    last: bool
+    proofs: tuple[Extent, ...]
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,37 @@ class Download:
 
 
 def coalesce(intervals: Iterable[tuple[int, int]]) -> list[Span]:
-    """Ascending disjoint (start, stop) pairs -> as few spans, adjacent ones joined."""
+    """Ascending (start, stop) pairs -> as few disjoint spans, those that touch or overlap joined."""
     spans: list[Span] = []
     for start, stop in intervals:
-        if spans and spans[-1].stop == start:
-            spans[-1] = Span(spans[-1].start, stop)
+        if spans and spans[-1].stop >= start:
+            spans[-1] = Span(spans[-1].start, max(stop, spans[-1].stop))
         else:
             spans.append(Span(start, stop))
     return spans
+
+
+def subtract(spans: Sequence[Span], taken: Sequence[Span]) -> list[Span]:
+    """What of `spans` lies in none of `taken`; both ascending and disjoint."""
+    left, k = [], 0
+    for span in spans:
+        at = span.start
+        while k < len(taken) and taken[k].stop <= at:
+            k += 1
+        for other in taken[k:]:
+            if other.start >= span.stop:
+                break
+            if other.start > at:
+                left.append(Span(at, other.start))
+            at = max(at, other.stop)
+        if at < span.stop:
+            left.append(Span(at, span.stop))
+    return left
+
+
+def within(spans: Sequence[Span], start: int, stop: int) -> list[Span]:
+    """The parts of `spans` between `start` and `stop`."""
+    return [Span(max(s.start, start), min(s.stop, stop)) for s in spans if s.start < stop and s.stop > start]
 
 
 def piece_kinds(manifest: Manifest, level: str, artifact: int | None) -> dict[int, str]:
@@ -83,49 +105,84 @@ def piece_extent(manifest: Manifest, piece: int) -> Extent:
     return Extent(manifest.objects[entry.object].sha256, entry.offset, entry.offset + entry.size, entry.sha256)
 
 
-def leaf_extents(manifest: Manifest, piece: int) -> list[Extent]:
-    """The 64 KiB leaves that lie wholly inside a piece: they can be verified, kept and healed one by one."""
-    entry = manifest.pieces[piece]
-    pack = manifest.objects[entry.object]
-    end = entry.offset + entry.size
-    found = []
-    for number in range(-(-entry.offset // LEAF_BYTES), len(pack.leaves)):
-        start, stop = number * LEAF_BYTES, min((number + 1) * LEAF_BYTES, pack.size)
-        if stop > end:
-            break
-        found.append(Extent(pack.sha256, start, stop, pack.leaves[number]))
-    return found
+def leaf_extents(manifest: Manifest, index: int) -> list[Extent]:
+    """The 64 KiB leaves of object number `index`, which can be verified, kept and healed one by one."""
+    pack = manifest.objects[index]
+    digests = pack.leaves or (pack.sha256,)  # an object of one leaf (FORMAT.md, Objects)
+    starts = range(0, pack.size, LEAF_BYTES)
+    return [
+        Extent(pack.sha256, start, min(start + LEAF_BYTES, pack.size), digest)
+        for start, digest in zip(starts, digests, strict=True)
+    ]
 
 
-def units_of(manifest: Manifest, piece: int, held: Container[Extent]) -> list[Unit]:
-    """The units of a piece that are not in `held`. A piece without whole leaves is one unit.
+class Layout:
+    """Objects of a manifest with their extents: what can be verified, and what of it is there."""
 
-    The ends of a larger piece have no digest of their own: they are verified with the whole piece.
-    """
-    whole = piece_extent(manifest, piece)
-    if whole in held:
-        return []
-    leaves = leaf_extents(manifest, piece)
-    if not leaves:
-        return [Unit(whole.start, whole.stop, whole.sha256, piece, True)]
-    rows: list[tuple[int, int, str | None]] = []
-    if whole.start < leaves[0].start:
-        rows.append((whole.start, leaves[0].start, None))
-    rows += [(leaf.start, leaf.stop, leaf.sha256) for leaf in leaves if leaf not in held]
-    if leaves[-1].stop < whole.stop:
-        rows.append((leaves[-1].stop, whole.stop, None))
-    if not rows:  # every leaf is there but not the record of the whole: the last leaf brings it
-        rows.append((leaves[-1].start, leaves[-1].stop, leaves[-1].sha256))
-    return [Unit(*row, piece, row is rows[-1]) for row in rows]
+    def __init__(self, manifest: Manifest, pieces: Iterable[int]) -> None:
+        """`pieces`: those that are wanted."""
+        self.manifest = manifest
+        self._wanted: dict[int, list[Extent]] = {}
+        for piece in sorted(pieces):
+            self._wanted.setdefault(manifest.pieces[piece].object, []).append(piece_extent(manifest, piece))
 
+    @property
+    def objects(self) -> list[int]:
+        """Objects with wanted pieces, in fetch order."""
+        return sorted(self._wanted)
 
-def downloads(manifest: Manifest, pieces: Sequence[int], held: Container[Extent]) -> list[Download]:
-    """What is to be fetched for `pieces` (ascending), by object in fetch order."""
-    by_object: dict[int, list[Unit]] = {}
-    for piece in pieces:
-        if units := units_of(manifest, piece, held):
-            by_object.setdefault(manifest.pieces[piece].object, []).extend(units)
-    return [Download(index, tuple(units)) for index, units in by_object.items()]
+    def pieces(self, index: int) -> list[Extent]:
+        """Wanted pieces of an object."""
+        return self._wanted[index]
+
+    def runs(self, index: int) -> list[Span]:
+        """Wanted bytes of an object."""
+        return coalesce((extent.start, extent.stop) for extent in self._wanted[index])
+
+    def provable(self, index: int) -> list[Extent]:
+        """Leaves that hold wanted bytes, and the wanted pieces."""
+        runs = self.runs(index)
+        leaves = [leaf for leaf in leaf_extents(self.manifest, index) if within(runs, leaf.start, leaf.stop)]
+        return [*leaves, *(piece for piece in self._wanted[index] if piece not in leaves)]
+
+    def missing(self, index: int, held: Container[Extent]) -> list[Span]:
+        """Wanted bytes of an object that no extent in `held` covers."""
+        covered = sorted((extent.start, extent.stop) for extent in self.provable(index) if extent in held)
+        return subtract(self.runs(index), coalesce(covered))
+
+    def units(self, index: int, held: Container[Extent]) -> list[Unit]:
+        """The missing bytes of an object, cut so that each leaf is proved as soon as it is there.
+
+        Bytes of a leaf that is not wanted as a whole are proved by their piece, once that is complete.
+        """
+        gaps, runs = self.missing(index, held), self.runs(index)
+        rows: list[tuple[Span, list[Extent]]] = []
+        loose: list[Extent] = []
+        for leaf in leaf_extents(self.manifest, index) if gaps else ():
+            parts = within(gaps, leaf.start, leaf.stop)
+            if not parts:
+                continue
+            if within(runs, leaf.start, leaf.stop) == [Span(leaf.start, leaf.stop)]:
+                rows += [(part, []) for part in parts]
+                rows[-1][1].append(leaf)
+                continue
+            for piece in self._wanted[index]:
+                own = within(parts, piece.start, piece.stop)
+                rows += [(part, []) for part in own]
+                if own and piece not in loose:
+                    loose.append(piece)
+        for piece in loose:
+            last = max(k for k, (row, _) in enumerate(rows) if row.start < piece.stop and row.stop > piece.start)
+            rows[last][1].append(piece)
+        return [Unit(span.start, span.stop, tuple(proofs)) for span, proofs in rows]
+
+    def complete(self, held: Container[Extent]) -> bool:
+        """Whether `held` covers all that is wanted."""
+        return not any(self.missing(index, held) for index in self.objects)
+
+    def missing_bytes(self, held: Container[Extent]) -> int:
+        """Bytes that are to be fetched."""
+        return sum(span.stop - span.start for index in self.objects for span in self.missing(index, held))
 
 
 def check_climb(manifest: Manifest, current: str, to: str) -> Level:

@@ -2,6 +2,8 @@
 
 ```
 DIR/current.json             the one pointer: URL, manifest, level, compiled artifact, the choice before it
+DIR/device.json              its id, what it was told (mirrors, channel, quota), the policy last heard (settings.py)
+DIR/trust/                   signed metadata and the root of trust, where there is one (trust.py)
 DIR/manifests/<sha256>.json  verified manifests, as published
 DIR/objects/<sha256>         packs, perhaps with gaps: pieces stand at their offsets
 DIR/journal                  which extents of them were verified (journal.py)
@@ -10,13 +12,13 @@ DIR/lock                     held by the one process that writes
 ```
 
 A file's length or presence proves nothing. Bytes count as held when the journal says so, and the journal is written
-after they are durable; whoever reads them checks their digest again. `current.json` changes in one rename, last.
+after they are durable; whoever reads them checks their digest again. `current.json` changes in one rename, last. All
+writing goes through disk.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -26,10 +28,12 @@ from pathlib import Path
 
 from qdeploy.bundle.manifest import Manifest, parse_manifest
 from qdeploy.bundle.store import ReadPiece, decode_piece, manifest_name, object_name
+from qdeploy.client import disk as edge
+from qdeploy.client.disk import make_folder, sync_folder, write_all, write_file, writing
 from qdeploy.client.journal import format_records, parse_journal
-from qdeploy.client.plan import Extent, leaf_extents, piece_extent
+from qdeploy.client.plan import Extent
 from qdeploy.errors import BundleError, DeviceError
-from qdeploy.files import canonical_json, fsync_dir, parse_json, read_bytes, sha256, write_atomic
+from qdeploy.files import canonical_json, parse_json, read_bytes, sha256
 
 FORMAT = "qdeploy-device/1"
 READ_BYTES = 1 << 20
@@ -72,18 +76,6 @@ def parse_current(data: bytes) -> Current:
     return current
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError from writing below `path` into a DeviceError that says what to do."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = "make room and run the same command again; the level in use is untouched"
-            raise DeviceError(f"the disk is full while writing {path}: {hint}") from e
-        raise DeviceError(f"cannot write {path}: {e.strerror or e}") from e
-
-
 class DeviceFolder:
     """Reads a device folder. Raises BundleError for what is missing or damaged."""
 
@@ -104,7 +96,7 @@ class DeviceFolder:
         """The choice in force; BundleError when there is none yet."""
         current = self.current()
         if current is None:
-            raise BundleError(f"{self.path} holds no level yet: run `qdeploy pull URL -o {self.path} --level LEVEL`")
+            raise BundleError(f"{self.path} holds no level yet: run `qdeploy pull URL {self.path}`")
         return current
 
     def manifest(self, digest: str) -> Manifest:
@@ -123,19 +115,36 @@ class DeviceFolder:
         except OSError as e:
             raise DeviceError(f"cannot read {self.path / 'journal'}: {e.strerror or e}") from e
 
+    def object_size(self, digest: str) -> int:
+        """Length of an object's file, 0 when there is none; it proves nothing."""
+        try:
+            return os.stat(self.object_path(digest)).st_size
+        except OSError:
+            return 0
+
     def intact(self, extent: Extent) -> bool:
         """True when the bytes on disk have the extent's digest."""
         digest = hashlib.sha256()
+        left = extent.stop - extent.start
         try:
             with open(self.object_path(extent.object), "rb") as file:
                 file.seek(extent.start)
-                left = extent.stop - extent.start
                 while left and (block := file.read(min(left, READ_BYTES))):
                     digest.update(block)
                     left -= len(block)
         except OSError:
             return False
         return left == 0 and digest.hexdigest() == extent.sha256
+
+    def verified_bytes(self, extent: Extent) -> bytes | None:
+        """The bytes on disk if they have the extent's digest."""
+        try:
+            with open(self.object_path(extent.object), "rb") as file:
+                file.seek(extent.start)
+                data = file.read(extent.stop - extent.start)
+        except OSError:
+            return None
+        return data if sha256(data) == extent.sha256 else None
 
     def reader(self, manifest: Manifest) -> ReadPiece:
         """Reads, verifies and decodes pieces into memory of their own; BundleError names the object at fault."""
@@ -157,6 +166,16 @@ class DeviceFolder:
         return read
 
 
+def open_choice(folder: DeviceFolder) -> tuple[Current, Manifest]:
+    """The choice in force and its manifest, both checked; raises BundleError."""
+    current = folder.chosen()
+    manifest = folder.manifest(current.manifest)
+    manifest.level(current.level)
+    if current.artifact is not None and not 0 <= current.artifact < len(manifest.artifacts):
+        raise BundleError(f"current.json in {folder.path} names an artifact that is not there: {PULL_AGAIN}")
+    return current, manifest
+
+
 class FolderWriter(DeviceFolder):
     """A device folder that this process may write; made by `write_folder`.
 
@@ -171,34 +190,20 @@ class FolderWriter(DeviceFolder):
 
     # --- held bytes --------------------------------------------------------------------------------------------------
 
-    def heal(self, manifest: Manifest, pieces: list[int]) -> list[int]:
-        """Strike from the journal what is damaged on disk among these pieces; returns the damaged pieces."""
-        damaged: list[int] = []
-        struck: list[Extent] = []
-        for index in pieces:
-            whole = piece_extent(manifest, index)
-            if whole in self.held:
-                if self.intact(whole):
-                    continue
-                damaged.append(index)
-                struck.append(whole)
-            struck += [leaf for leaf in leaf_extents(manifest, index) if leaf in self.held and not self.intact(leaf)]
-        if struck:
-            self._append(format_records(struck, held=False))
-            self.held -= set(struck)
-        return damaged
+    def strike(self, extents: list[Extent]) -> None:
+        """These are held no longer."""
+        if extents:
+            self._append(format_records(extents, held=False))
+            self.held -= set(extents)
 
     def put(self, digest: str, start: int, data: bytes | bytearray) -> None:
         """Write bytes at their place in an object."""
         path = self.object_path(digest)
         with writing(path):
             if digest not in self._open:
-                path.parent.mkdir(exist_ok=True)
-                self._open[digest] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            view, at = memoryview(data), start
-            while view:
-                written = os.pwrite(self._open[digest], view, at)
-                view, at = view[written:], at + written
+                make_folder(path.parent)
+                self._open[digest] = edge.disk.open(path, os.O_RDWR | os.O_CREAT)
+            write_all(self._open[digest], memoryview(data), start)
 
     def note(self, extent: Extent) -> None:
         """These bytes were verified and put: the next `commit` records them."""
@@ -207,42 +212,53 @@ class FolderWriter(DeviceFolder):
     def commit(self) -> None:
         """Make what was put durable, then record it."""
         with writing(self.path):
+            for digest in {extent.object for extent in self._pending} - set(self._open):  # found on disk, not put
+                self._open[digest] = edge.disk.open(self.object_path(digest), os.O_RDWR)
             for fd in self._open.values():
-                os.fsync(fd)
+                edge.disk.fsync(fd)
             if self._open:
-                fsync_dir(self.path / "objects")
+                sync_folder(self.path / "objects")
         self.close()
         if self._pending:
             self._append(format_records(self._pending))
             self.held |= set(self._pending)
             self._pending = []
 
+    @property
+    def verified(self) -> set[Extent]:
+        """What is on record and what the next `commit` will record."""
+        return self.held | set(self._pending)
+
     def close(self) -> None:
         """Close open objects; what was put and not committed does not count."""
         while self._open:
-            os.close(self._open.popitem()[1])
+            edge.disk.close(self._open.popitem()[1])
 
     def _append(self, records: bytes) -> None:
         path = self.path / "journal"
         with writing(path):
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            fd = edge.disk.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             try:
                 size = os.fstat(fd).st_size
                 if size and os.pread(fd, 1, size - 1) != b"\n":
                     records = b"\n" + records  # close a torn record, which then parses as none
-                while records:
-                    records = records[os.write(fd, records) :]
-                os.fsync(fd)
+                write_all(fd, records)
+                edge.disk.fsync(fd)
                 if not size:
-                    fsync_dir(self.path)
+                    sync_folder(self.path)
             finally:
-                os.close(fd)
+                edge.disk.close(fd)
+
+    def keep_only(self, held: set[Extent]) -> None:
+        """Write the journal anew with these extents alone."""
+        write_file(self.path / "journal", format_records(sorted(held)))
+        self.held = held
 
     # --- the pointer -------------------------------------------------------------------------------------------------
 
     def save_manifest(self, digest: str, data: bytes) -> None:
         """Keep a verified manifest."""
-        write_atomic(self.path / manifest_name(digest), data)
+        write_file(self.path / manifest_name(digest), data)
 
     def activate(self, chosen: Current) -> None:
         """Put a choice in force: one small file renamed. The choice before it is remembered in `previous`."""
@@ -256,7 +272,11 @@ class FolderWriter(DeviceFolder):
             previous = before.previous if same else (before.manifest, before.level)
         chosen = replace(chosen, previous=previous)
         if chosen != before:
-            write_atomic(self.path / "current.json", current_bytes(chosen))
+            self.point(chosen)
+
+    def point(self, current: Current) -> None:
+        """Write the pointer as it is given."""
+        write_file(self.path / "current.json", current_bytes(current))
 
 
 @contextlib.contextmanager
@@ -264,19 +284,21 @@ def write_folder(path: Path, create: bool = False) -> Iterator[FolderWriter]:
     """The folder, for this process alone while the block runs. DeviceError when another process writes it."""
     path = Path(path)
     if not create and not path.is_dir():
-        raise BundleError(f"{path} is no device folder: run `qdeploy pull URL -o {path} --level LEVEL`")
+        raise BundleError(f"{path} is no device folder: run `qdeploy pull URL {path}`")
     if path.exists() and not path.is_dir():
         raise DeviceError(f"{path} is a file: choose another device folder")
     with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        make_folder(path)
+        lock = edge.disk.open(path / "lock", os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise DeviceError(f"another process is writing {path}: wait for it to end, or stop it") from e
-        for leftover in (*path.glob(".*.tmp"), *path.glob("manifests/.*.tmp")):  # of a process that was killed
-            leftover.unlink(missing_ok=True)
+        with writing(path):
+            for pattern in (".*.tmp", "manifests/.*.tmp", "artifacts/*/.*.tmp"):  # of a process that was killed
+                for leftover in path.glob(pattern):
+                    edge.disk.unlink(leftover)
         writer = FolderWriter(path)
         try:
             yield writer

@@ -15,7 +15,7 @@ import os
 import platform
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -75,7 +75,8 @@ class Artifact:
         self._on_gpu = "gpu" in variant["target"]
         self._arena = 1 if self._on_gpu else self.arena_bytes  # the GPU's own memory is the library's concern
         gpu = ["device", "upload", "release"] if self._on_gpu else []
-        names = ("prepare", "main", "profile", "join", *(["codes"] if self._codes else []), *gpu)
+        parts = ("prepare", "prepare_part", "prepare_reads", "join")
+        names = (*parts, "main", "profile", *(["codes"] if self._codes else []), *gpu)
         self._functions = {name: library[name] for name in names}
         self._free: dict[str, list[tuple[_Shared, _Shared, _Shared]]] = {}  # by function: `_buffers`
         self._constant = None if packed is None else self._packed(np.frombuffer(packed, np.uint8))
@@ -87,6 +88,41 @@ class Artifact:
         another dtype or shape, or what is wrong with the GPU.
         """
         return self._uploaded(self.pack(params))
+
+    def prepare_each(self, read: Callable[[str], np.ndarray], into: Packed | None = None) -> Packed:
+        """`prepare`, with no more parameters in memory at once than one kernel of it reads: nearly always one layer's.
+
+        `read` gives the array of an ONNX initializer; it is asked once for each, in the order of their use. `into`: a
+        level of this artifact that is overwritten (its inference must rest until this returns, also when it raises);
+        not on a GPU. Raises DeviceError as `prepare`, and what `read` raises.
+        """
+        if into is not None and (self._on_gpu or into.artifact is not self):
+            raise DeviceError("only a level of the same artifact, not on a GPU, can be overwritten: prepare a new one")
+        packed = into or self._empty_packed()
+        table, bounds = _Shared((2 * len(self.params),), "int32"), _Shared((2,), "int32")
+        self._guarded("prepare_reads", table.tensor)
+        first, last = table.array.reshape(-1, 2).T
+        addresses, held = _Shared((len(self.params),), "int64"), {}
+        for begin in (order := sorted({0, *(int(k) for k in first if k >= 0)})):
+            end = next((k for k in order if k > begin), 1 << 30)
+            for i in np.flatnonzero(first == begin):
+                held[i] = self._checked(self.params[i], {self.params[i].name: read(self.params[i].name)})
+                addresses.array[i] = held[i].ctypes.data
+            bounds.array[:] = begin, end
+            self._pack("prepare_part", addresses.tensor, packed.tensor, bounds.tensor)
+            held = {i: array for i, array in held.items() if last[i] >= end}
+        return packed if into is not None else self._uploaded(packed)
+
+    def _pack(self, function: str, *args: Any) -> None:
+        try:
+            self._functions[function](*args)
+        except (RuntimeError, ValueError, TypeError) as e:
+            raise DeviceError(f"these parameters do not fit the artifact: {_reason(e)}") from e
+
+    def _empty_packed(self) -> Packed:
+        shared = _Shared((self.description["packed_bytes"],), "uint8")
+        shared.array[...] = 0
+        return Packed(self, shared.tensor, shared.array.nbytes)
 
     def connect(self) -> str | None:
         """The name of the GPU that this artifact runs on, its stored level copied to it; None for processors.
@@ -112,21 +148,21 @@ class Artifact:
         """`prepare` without a GPU: what it returns can be stored, not run there."""
         arrays = [self._checked(param, params) for param in self.params]
         addresses = np.array([array.ctypes.data for array in arrays], np.int64)
-        packed = self._packed(np.zeros(self.description["packed_bytes"], np.uint8))
-        try:
-            self._functions["prepare"](_tensor(addresses), packed.tensor)
-        except (RuntimeError, ValueError, TypeError) as e:
-            raise DeviceError(f"these parameters do not fit the artifact: {_reason(e)}") from e
+        packed = self._empty_packed()
+        self._pack("prepare", _tensor(addresses), packed.tensor)
         return packed
 
-    def join(self, parts: Sequence[tuple[int, str, bytes]], count: int, shift: int, bias: int) -> np.ndarray:
+    def join(
+        self, parts: Iterable[tuple[int, str, bytes]], count: int, shift: int, bias: int, planes: int
+    ) -> np.ndarray:
         """Bit planes of a weight tensor -> uint8 [count], its container codes (int8 ones as their bytes).
 
-        `parts` are (planes, layout, inflated bytes) as qdeploy/bundle/FORMAT.md has them, in their order. With b planes
-        in all, symbols u become (u << shift) + bias mod 256; a level [b, shift, offset] has bias offset - (2^(b-1) <<
-        shift). Raises DeviceError when a part has another length than its layout says.
+        `parts` are (planes, layout, inflated bytes) as qdeploy/bundle/FORMAT.md has them, in their order, `planes` in
+        all; those of an iterator are in memory one at a time. With b planes, symbols u become (u << shift) + bias mod
+        256; a level [b, shift, offset] has bias offset - (2^(b-1) << shift). Raises DeviceError when a part has another
+        length than its layout says.
         """
-        codes, held, left = _Shared((count,), "uint8"), 0, sum(bits for bits, _, _ in parts)
+        codes, held, left = _Shared((count,), "uint8"), 0, planes
         codes.array[...] = 0
         for bits, layout, raw in parts:
             left -= bits

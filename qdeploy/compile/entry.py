@@ -1,6 +1,8 @@
 """The functions that an artifact exports: TIR that calls one kernel after another on raw pointers.
 
     prepare(pointers, packed)                     int64 [params]: addresses of the parameters, in `Graph.params`' order
+    prepare_part(pointers, packed, part)          int32 [2]: only `prepare`'s calls from the first number to the second
+    prepare_reads(reads)                          int32 [params * 2]: the first and last call that reads each; -1: none
     main(input, packed, arena, output)            float32 images -> float32
     codes(input, packed, arena, codes)            the same up to the codes before the last Dequantize
     profile(input, packed, arena, output, ticks)  as main; int64 [calls]: nanoseconds in each kernel
@@ -39,22 +41,40 @@ def address(buffer: Buffer, offset: Expr) -> Expr:
     return T.address_of(buffer[offset])
 
 
-def prepare_function(graph: Graph, program: Program) -> tirx.PrimFunc:
-    """`prepare`: addresses instead of buffers, because hundreds of checked arguments take a minute to compile."""
+def prepare_functions(graph: Graph, program: Program) -> dict[str, tirx.PrimFunc]:
+    """`prepare` whole and in parts, so that not all parameters need to be in memory at once; and who reads them when.
 
-    def body(pointers: Buffer, packed: Buffer) -> None:
-        def pointer(place: Place) -> Expr:
-            if place.area == "params":
-                return T.reinterpret("handle", load(pointers, const(int(place.at))))
-            if place.area == "number":
-                return const(int(place.at))
-            return address(packed, const(int(place.at)))
+    Addresses instead of buffers, because hundreds of checked arguments take a minute to compile.
+    """
 
+    def pointer(pointers: Buffer, packed: Buffer, place: Place) -> Expr:
+        if place.area == "params":
+            return T.reinterpret("handle", load(pointers, const(int(place.at))))
+        if place.area == "number":
+            return const(int(place.at))
+        return address(packed, const(int(place.at)))
+
+    def whole(pointers: Buffer, packed: Buffer) -> None:
         for call in program.prepare:
-            emit_call(call, pointer)
+            emit_call(call, lambda place: pointer(pointers, packed, place))
+
+    def part(pointers: Buffer, packed: Buffer, bounds: Buffer) -> None:
+        for k, call in enumerate(program.prepare):
+            with T.If(T.And(load(bounds, const(0)) <= k, load(bounds, const(1)) > k)), T.Then():
+                emit_call(call, lambda place: pointer(pointers, packed, place))
+
+    def reads(table: Buffer) -> None:
+        for param in range(len(graph.params)):
+            users = [k for k, call in enumerate(program.prepare) if Place("params", param) in call.args] or [-1]
+            store(table, const(users[0]), const(2 * param))
+            store(table, const(users[-1]), const(2 * param + 1))
 
     params = [("pointers", (len(graph.params),), "int64"), ("packed", (program.packed_bytes,), "uint8")]
-    return prim_func("prepare", params, body)
+    return {
+        "prepare": prim_func("prepare", params, whole),
+        "prepare_part": prim_func("prepare_part", [*params, ("part", (2,), "int32")], part),
+        "prepare_reads": prim_func("prepare_reads", [("reads", (2 * len(graph.params),), "int32")], reads),
+    }
 
 
 def network_function(
@@ -113,7 +133,7 @@ def arena_bytes(plan: Plan) -> int:
 def entry_functions(graph: Graph, program: Program, plan: Plan) -> dict[str, Any]:
     """All exported functions by name."""
     functions = {
-        "prepare": prepare_function(graph, program),
+        **prepare_functions(graph, program),
         "main": network_function("main", graph, program, plan, program.way_out, "float32"),
         "profile": network_function("profile", graph, program, plan, program.way_out, "float32"),
     }

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,8 +42,9 @@ def test_capped_and_constant_tensors_are_left_to_numpy(tmp_path: Path) -> None:
     manifest = small_tree(tmp_path)
     read, asked = tree_reader(tmp_path / "tree", manifest), []
 
-    def compiled(parts: Sequence[tuple[int, str, bytes]], count: int, shift: int, bias: int) -> np.ndarray:
-        asked.append((sum(bits for bits, _, _ in parts), shift, bias))
+    def compiled(parts: Iterable[tuple[int, str, bytes]], count: int, shift: int, bias: int, planes: int) -> np.ndarray:
+        assert planes == sum(bits for bits, _, _ in parts)
+        asked.append((planes, shift, bias))
         return np.zeros(count, np.uint8)
 
     entry = manifest.level("w3").tensors[0]

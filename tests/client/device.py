@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from qdeploy.bundle.store import assemble
 from qdeploy.client.fetch import Patience
+from qdeploy.client.pull import pull as client_pull
 from qdeploy.client.state import DeviceFolder
 from qdeploy.serve.byte_log import Sent
 
+pull = partial(client_pull, unsigned=True)
 QUICK = Patience(timeout_s=10, attempts=2, pause_s=0.001)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qdeploy.client.pull import pull
 from qdeploy.client.state import DeviceFolder
 from qdeploy.serve.app import serving
 from qdeploy.serve.byte_log import read_byte_log
 from tests.client.conftest import LEVELS, RealRelease
+from tests.client.device import pull
 
 
 class Device:

@@ -10,14 +10,15 @@ from qdeploy.bundle.manifest import LEAF_BYTES
 from qdeploy.client.fetch import Span
 from qdeploy.client.plan import (
     Extent,
+    Layout,
     check_climb,
     check_drop,
     coalesce,
-    downloads,
     leaf_extents,
     piece_extent,
     piece_kinds,
-    units_of,
+    subtract,
+    within,
 )
 from qdeploy.errors import BundleError
 from tests.client.tree import Tree, make_tree
@@ -31,7 +32,20 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
 
 def test_adjacent_intervals_are_one_span() -> None:
     assert coalesce([(0, 5), (5, 9), (10, 12), (12, 13)]) == [Span(0, 9), Span(10, 13)]
+    assert coalesce([(0, 9), (2, 4), (3, 12)]) == [Span(0, 12)]
     assert coalesce([]) == []
+
+
+SPANS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=8)
+
+
+@given(SPANS, SPANS)
+def test_what_is_left_of_spans(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> None:
+    whole, taken = (coalesce(sorted((start, start + size) for start, size in rows)) for rows in (a, b))
+    points = [{i for span in spans for i in range(span.start, span.stop)} for spans in (whole, taken)]
+    left = subtract(whole, taken)
+    assert {i for span in left for i in range(span.start, span.stop)} == points[0] - points[1]
+    assert all(x.stop <= y.start for x, y in zip(left, left[1:], strict=False))
 
 
 def test_kinds_of_a_level(tree: Tree) -> None:
@@ -50,45 +64,60 @@ def test_kinds_of_a_level(tree: Tree) -> None:
 
 
 def test_a_whole_level_is_one_range_an_object(tree: Tree) -> None:
-    todo = downloads(tree.manifest, list(piece_kinds(tree.manifest, "w4", 0)), set())
-    assert [download.spans for download in todo] == [[Span(0, entry.size)] for entry in tree.manifest.objects]
+    layout = Layout(tree.manifest, piece_kinds(tree.manifest, "w4", 0))
+    for index, entry in enumerate(tree.manifest.objects):
+        units = layout.units(index, set())
+        assert coalesce((u.start, u.stop) for u in units) == [Span(0, entry.size)]
+        assert [unit.proofs for unit in units] == [(leaf,) for leaf in leaf_extents(tree.manifest, index)]
+    assert layout.missing_bytes(set()) == sum(entry.size for entry in tree.manifest.objects)
 
 
-def test_leaves_lie_inside_their_piece(tree: Tree) -> None:
-    big = max(range(len(tree.manifest.pieces)), key=lambda i: tree.manifest.pieces[i].size)
-    whole = piece_extent(tree.manifest, big)
-    leaves = leaf_extents(tree.manifest, big)
-    assert leaves and all(whole.start <= leaf.start < leaf.stop <= whole.stop for leaf in leaves)
-    assert all(leaf.start % LEAF_BYTES == 0 for leaf in leaves)
+def test_leaves_fill_their_object(tree: Tree) -> None:
+    for index, entry in enumerate(tree.manifest.objects):
+        leaves = leaf_extents(tree.manifest, index)
+        assert coalesce((leaf.start, leaf.stop) for leaf in leaves) == [Span(0, entry.size)]
+        assert all(leaf.start % LEAF_BYTES == 0 for leaf in leaves)
 
 
-@given(st.integers(0, 10**6), st.integers(0, 2**16 - 1))
-def test_units_are_what_is_missing_and_no_more(tree: Tree, number: int, mask: int) -> None:
+@given(st.data())
+def test_units_are_what_is_missing_and_each_byte_is_proved(tree: Tree, data: st.DataObject) -> None:
+    """Any pieces wanted, any extents held: fetching the units in order ends with everything on record."""
     manifest = tree.manifest
-    piece = number % len(manifest.pieces)
-    leaves = leaf_extents(manifest, piece)
-    held = {leaf for i, leaf in enumerate(leaves) if mask >> i & 1}
-    whole = piece_extent(manifest, piece)
-    units = units_of(manifest, piece, held)
-    assert [unit.last for unit in units] == [False] * (len(units) - 1) + [True]
-    assert all(a.stop <= b.start for a, b in zip(units, units[1:], strict=False))
-    covered = sorted([(u.start, u.stop) for u in units] + [(leaf.start, leaf.stop) for leaf in held])
-    complete = bool(leaves) and held == set(leaves) and (leaves[0].start, leaves[-1].stop) == (whole.start, whole.stop)
-    if not complete:  # else the last leaf comes again, see below
-        assert coalesce(covered) == [Span(whole.start, whole.stop)]
-    assert units_of(manifest, piece, held | {whole}) == []
+    wanted = data.draw(st.sets(st.integers(0, len(manifest.pieces) - 1), min_size=1))
+    layout = Layout(manifest, wanted)
+    extents = [piece_extent(manifest, piece) for piece in range(len(manifest.pieces))]
+    extents += [leaf for index in range(len(manifest.objects)) for leaf in leaf_extents(manifest, index)]
+    held = data.draw(st.sets(st.sampled_from(extents)))
+    before = set(held)
+    for index in layout.objects:
+        gaps, units = layout.missing(index, before), layout.units(index, before)
+        assert coalesce((u.start, u.stop) for u in units) == gaps
+        there = coalesce(sorted((e.start, e.stop) for e in layout.provable(index) if e in before))
+        for unit in units:
+            there = coalesce(sorted([*((s.start, s.stop) for s in there), (unit.start, unit.stop)]))
+            for proof in unit.proofs:  # all of what it covers is on disk by now
+                assert within(there, proof.start, proof.stop) == [Span(proof.start, proof.stop)]
+                held.add(proof)
+        assert layout.units(index, held) == []
+    assert layout.complete(held) and not layout.missing_bytes(held)
 
 
-def test_a_piece_of_held_leaves_without_its_record_costs_one_leaf(tree: Tree) -> None:
-    piece = tree.manifest.artifacts[0].files[0][1]
-    leaves = leaf_extents(tree.manifest, piece)
-    (unit,) = units_of(tree.manifest, piece, set(leaves))
-    assert (unit.start, unit.stop, unit.last) == (leaves[-1].start, leaves[-1].stop, True)
+def test_a_piece_that_shares_a_leaf_brings_no_byte_of_its_neighbour(tree: Tree) -> None:
+    """A piece is wanted alone: the ends of its leaves are proved by the piece, the leaves inside by themselves."""
+    manifest = tree.manifest
+    big = max(range(len(manifest.pieces)), key=lambda i: manifest.pieces[i].size if manifest.pieces[i].offset else 0)
+    whole, index = piece_extent(manifest, big), manifest.pieces[big].object
+    assert whole.start % LEAF_BYTES and whole.stop - whole.start > 2 * LEAF_BYTES
+    units = Layout(manifest, [big]).units(index, set())
+    assert coalesce((u.start, u.stop) for u in units) == [Span(whole.start, whole.stop)]
+    assert whole in units[-1].proofs and units[0].proofs == ()
+    below = Layout(manifest, [big - 1, big]).units(index, {piece_extent(manifest, big - 1)})
+    assert below[0].start == whole.start and below[0].proofs[0].start < whole.start  # its first leaf, with held bytes
 
 
 def test_a_record_of_other_bytes_does_not_count(tree: Tree) -> None:
-    whole = piece_extent(tree.manifest, 0)
-    assert units_of(tree.manifest, 0, {Extent(whole.object, whole.start, whole.stop, "0" * 64)})
+    layout, leaf = Layout(tree.manifest, [0]), leaf_extents(tree.manifest, 0)[0]
+    assert layout.missing(0, {Extent(leaf.object, leaf.start, leaf.stop, "0" * 64)}) == layout.missing(0, set())
 
 
 def test_up_and_down(tree: Tree) -> None:

@@ -7,12 +7,12 @@ import pytest
 
 from qdeploy.client.fetch import GoneError
 from qdeploy.client.plan import piece_kinds
-from qdeploy.client.pull import climb, drop, levels_within, pull
+from qdeploy.client.pull import climb, drop, levels_within
 from qdeploy.client.state import DeviceFolder
 from qdeploy.errors import BundleError, FetchError, QDeployError
 from qdeploy.serve.app import serving
 from qdeploy.serve.byte_log import read_byte_log
-from tests.client.device import QUICK, assert_nothing_twice, file_of, objects_asked
+from tests.client.device import QUICK, assert_nothing_twice, file_of, objects_asked, pull
 from tests.client.tree import Tree, make_tree, publish
 
 # --- up and down -----------------------------------------------------------------------------------------------------

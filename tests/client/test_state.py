@@ -47,7 +47,8 @@ def test_the_journal_is_never_ahead_of_the_bytes(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "fsync", spy)
     keep(tmp_path / "dev")
-    assert synced == [A, "objects", "journal", "dev"]
+    folders = [tmp_path.name, "dev"]  # the names of DIR and DIR/objects
+    assert synced == [*folders, A, "objects", "journal", "dev"]
 
 
 def test_a_torn_journal_is_gone_on_with(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from qdeploy.client.pull import climb, pull
+from qdeploy.client.pull import climb
 from qdeploy.serve.byte_log import read_byte_log
-from tests.client.device import damage, file_of
+from tests.client.device import damage, file_of, pull
 from tests.client.tree import Tree, make_tree
 
 

@@ -15,7 +15,7 @@ from qdeploy.compile.codegen import arch_of, library, linker
 from qdeploy.compile.cuda.launch import NOTHING, POINTER, HostCall, Launch
 from qdeploy.compile.cuda.lower import CudaProgram
 from qdeploy.compile.cuda.toolchain import compiler_for, cubin, telling
-from qdeploy.compile.entry import arena_bytes, prepare_function
+from qdeploy.compile.entry import arena_bytes, prepare_functions
 from qdeploy.compile.kernels.join import join_kernel
 from qdeploy.compile.llvm import Resolved
 from qdeploy.compile.plan import Plan
@@ -47,7 +47,7 @@ def cuda_library(program: CudaProgram, memory: Plan, resolved: Resolved, identit
     if dump is not None:
         write_atomic(dump / "5-kernels.cu", source.encode())
         write_atomic(dump / "5-program.inc", inc.encode())
-    entries = {"prepare": prepare_function(program.graph, program)}
+    entries = prepare_functions(program.graph, program)
     common = {"join": join_kernel("join", resolved.features)}
     host = host_object(linker(arch_of(resolved.tvm)), inc, cubin(source, arch))
     return library(program.kernels, entries, resolved.tvm, identity, dump, common, [host])
