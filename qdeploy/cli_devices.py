@@ -40,20 +40,20 @@ def devices(tracker: str | None, as_json: bool) -> None:
 @click.command("latency-table")
 @click.argument("run", type=PATH)
 @click.option("--target", type=PATH, required=True, help="targets/NAME.toml.")
-@click.option("--device", default="local", show_default=True, help="local, or HOST:PORT/KEY of an RPC tracker.")
+@click.option("--device", help="local, or HOST:PORT/KEY of an RPC tracker (default: the target file's; else local).")
 @noise
 @click.option("--data-dir", type=PATH, help="Folder with the dataset's files.")
 @click.option("--export", type=PATH, help="Also write everything in the database: NAME.json or NAME.csv.")
 @click.option("-o", "--out", type=PATH, required=True, help="Latency database (SQLite); what it holds is not measured.")
 def latency_table(
-    run: Path, target: Path, device: str, noise: float, data_dir: Path | None, export: Path | None, out: Path
+    run: Path, target: Path, device: str | None, noise: float, data_dir: Path | None, export: Path | None, out: Path
 ) -> None:
     """Measure the kernels that the space of a trained RUN needs on a target, those that the database lacks."""
     one_thread()
     import torch
 
     from qdeploy.errors import ModelError, RecipeError
-    from qdeploy.farm.device import parse_device
+    from qdeploy.farm.device import LOCAL, parse_device
     from qdeploy.files import read_bytes, write_atomic
     from qdeploy.profile.database import COLUMNS, LatencyDatabase
     from qdeploy.search.prices import fill
@@ -62,7 +62,8 @@ def latency_table(
     if export is not None and export.suffix not in (".json", ".csv"):
         raise RecipeError(f"--export {export}: name a .json or a .csv file")
     torch.set_num_threads(1)
-    chosen, where = load_target(target), parse_device(device, noise / 100)
+    chosen = load_target(target)
+    where = parse_device(device if device is not None else chosen.device or LOCAL, noise / 100)
     read_bytes(run / "quantized.checkpoint", "the checkpoint of a trained run", ModelError)  # before a file is made
     database = LatencyDatabase(out)
     try:

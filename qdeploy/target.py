@@ -46,6 +46,8 @@ FEATURES = {"x86_64": frozenset(X86_FLAGS), "aarch64": frozenset(ARM_FLAGS)}  # 
 SHIPPED = Path(__file__).parents[1] / "targets"
 AUTO = ("x86-64-amx", "x86-64-avx512", "x86-64-avxvnni", "x86-64")  # shipped targets, best first
 
+DEVICE = re.compile(r"|local|[^/\s]+/\S+")
+
 TILE_FEATURES = ("amx-int8", "amx-tile")  # a process must ask Linux before it uses tiles: `request_tiles`
 
 
@@ -56,6 +58,7 @@ class Target:
     `cpu` is LLVM's name of the processor or "host"; `features` adds (`avx512vnni`) or removes (`-avx512f`) instruction
     sets. The names of both are checked against LLVM's own lists by qdeploy.compile: LLVM only warns and falls back.
     With kind "cuda" these are the host's processor, and `gpu` is the architecture of the GPU beside it ("sm_87").
+    `device` is where to measure, as `qdeploy.farm.device.parse_device` reads it; "" says no more than this machine.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Target:
     features: tuple[str, ...] = ()
     description: str = ""
     gpu: str = ""
+    device: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -75,6 +79,8 @@ class Target:
             raise RecipeError("a target needs a name and a cpu")
         if (self.kind == "cuda") != bool(self.gpu):
             raise RecipeError(f'target {self.name}: kind "cuda" goes with gpu, as in gpu = "sm_75", and no other does')
+        if not DEVICE.fullmatch(self.device):
+            raise RecipeError(f"target {self.name}: device {self.device!r} is unknown: write local or HOST:PORT/KEY")
 
 
 def parse_target(data: bytes, what: str = "the target file") -> Target:

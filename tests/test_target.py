@@ -41,11 +41,18 @@ def test_shipped_targets_are_named_after_their_files() -> None:
         (GOOD.replace("x86_64", "z80"), "arch 'z80' is unknown"),
         ('name = "a"\n', "key 'arch' is missing"),
         (GOOD.replace("haswell", ""), "a name and a cpu"),
+        (GOOD + "device = 'farm:9190'\n", "device 'farm:9190' is unknown: write local or HOST:PORT/KEY"),
+        (GOOD + "device = 3\n", "device is a string, not 3"),
     ],
 )
 def test_wrong_files_are_refused(text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse_target(text.encode())
+
+
+@pytest.mark.parametrize("device", ["", "local", "farm:9190/rpi5", "127.0.0.1/board"])
+def test_a_target_says_where_it_is_measured(device: str) -> None:
+    assert parse_target((GOOD + f'device = "{device}"\n').encode()).device == device
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from qdeploy.farm.tracker import Tracker, of_key, request
 from qdeploy.files import canonical_json, write_atomic
 from qdeploy.profile.latency import machine
 from qdeploy.profile.timing import NOISE
+from qdeploy.target import Target
 
 LOCAL = "local"
 SECONDS = 300.0  # for one measurement
@@ -91,18 +92,23 @@ def parse_device(text: str, noise: float = NOISE) -> ProcessDevice | RpcDevice:
 
 
 def parse_devices(
-    texts: Sequence[str], targets: Sequence[str], noise: float = NOISE
+    texts: Sequence[str], targets: Sequence[Target], noise: float = NOISE
 ) -> dict[str, ProcessDevice | RpcDevice]:
-    """What each target is measured on: DEVICE, for all that have none, or TARGET=DEVICE. "" stands for all others.
+    """What each target is measured on, by its name; "" stands for all that have no entry.
 
+    `texts`: DEVICE, for all targets, or TARGET=DEVICE; they come before what target files say (their `device`).
     Raises RecipeError for a target that is not among `targets` or has two devices; else as `parse_device`.
     """
-    found: dict[str, ProcessDevice | RpcDevice] = {}
+    names = {target.name for target in targets}
+    asked: dict[str, str] = {}
     for text in texts:
         target, equals, name = text.rpartition("=")
-        if equals and target not in targets:
+        if equals and target not in names:
             raise RecipeError(f"--device {text}: no --target has the name {target!r}")
-        if target in found:
+        if target in asked:
             raise RecipeError(f"--device {text}: {target or 'what names no target'} has a device already")
-        found[target] = parse_device(name, noise)
-    return {"": ProcessDevice(noise)} | found
+        asked[target] = name
+    if "" not in asked:
+        asked = {"": LOCAL} | {target.name: target.device for target in targets if target.device} | asked
+    made = {text: parse_device(text, noise) for text in dict.fromkeys(asked.values())}
+    return {name: made[text] for name, text in asked.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from qdeploy.compile.artifact import read_description
 from qdeploy.compile.graph import Graph
 from qdeploy.cost import Cost
 from qdeploy.profile.bitops import activation_bits, layer_bitops
+
+RUNTIME_BYTES = 8_700_000  # measured on x86_64 (tools/bench_memory.py)
 
 
 def memory(graph: Graph, values: Mapping[str, np.ndarray], arena_bytes: int, packed_bytes: int) -> Cost:
@@ -23,7 +26,7 @@ def memory(graph: Graph, values: Mapping[str, np.ndarray], arena_bytes: int, pac
     arena              activations by the memory plan, from artifact.json; neither the network's input nor its output
     workspace          0: kernels keep their accumulators in registers and on the stack
     peak               packed + arena + workspace; while a level is swapped, packed counts twice, and every thread that
-                       runs at the same time has an arena
+                       runs at the same time has an arena. `footprint` is of a whole process
     """
     layers = layer_bitops(graph, values)
     names = {op.weights.weight for op in graph.ops if op.weights is not None}
@@ -39,6 +42,41 @@ def memory(graph: Graph, values: Mapping[str, np.ndarray], arena_bytes: int, pac
             ("peak", packed_bytes + arena_bytes, "bytes", "predicted"),
         ]
     )
+
+
+def footprint(artifact: Path) -> Cost:
+    """Memory of a process that runs an artifact, beside what such a process has for a network of no size.
+
+    packed        a level's parameters in the kernels' layout
+    arena         activations by the memory plan
+    input_output  a batch of images and of outputs, float32
+    code          the library
+    parameters    the level before it is packed: codes in containers, scales, biases
+    running       packed + arena + input_output + code
+    packing       packed + parameters + code, while a level comes from a bundle; one that the artifact holds is read
+    peak          the greater of both
+    runtime       of qdeploy-run itself, with TVM's libraries (docs/devices.md)
+
+    Of several libraries the one with the greatest sum counts. A GPU has a copy of `packed` and the arena in its own
+    memory. Raises CompileError.
+    """
+    head = read_description(artifact)
+
+    def size(tensor: Mapping[str, Any]) -> int:
+        return int(np.prod(tensor["shape"], dtype=np.int64)) * np.dtype(tensor["dtype"]).itemsize
+
+    code = {row["library"]: (Path(artifact) / row["library"]).stat().st_size for row in head["variants"]}
+    variant = max(head["variants"], key=lambda row: row["packed_bytes"] + row["arena_bytes"] + code[row["library"]])
+    edges = sum(map(size, [*head["inputs"], *head["outputs"]]))
+    parameters = 0 if head["constant"] else sum(map(size, head["params"]))
+    packed, library = variant["packed_bytes"], code[variant["library"]]
+    running, packing = packed + variant["arena_bytes"] + edges + library, packed + parameters + library
+    figures = {
+        "packed": packed, "arena": variant["arena_bytes"], "input_output": edges, "code": library,
+        "parameters": parameters, "running": running, "packing": packing, "peak": max(running, packing),
+        "runtime": RUNTIME_BYTES,
+    }  # fmt: skip
+    return Cost.build((name, value, "bytes", "predicted") for name, value in figures.items())
 
 
 def code_bytes(artifact: Path) -> int:

@@ -15,7 +15,7 @@ from qdeploy.profile.explain import layer_lines, sentences
 from qdeploy.profile.float_model import float_model
 from qdeploy.profile.latency import load_pair, measure
 from qdeploy.profile.layers import layer_rows, repeated
-from qdeploy.profile.memory import memory
+from qdeploy.profile.memory import footprint, memory
 from qdeploy.profile.peak import SIZES, measured_peak
 from qdeploy.qdq import parse_model
 from qdeploy.target import TILE_FEATURES
@@ -34,7 +34,9 @@ def profile(artifact: Path, onnx_path: Path, repeats: int = 30, layers: bool = F
     shape = (loaded.description["inputs"][0]["name"], loaded.input_shape)
     graph, values = read_values(onnx_path, shape)
     cost = memory(graph, values, loaded.arena_bytes, packed.nbytes)
-    head = {"target": loaded.description["target"], "bitops": bitops(onnx_path, shape), "memory": cost.to_json()}
+    process = {name: row for name, row in footprint(artifact).to_json().items() if name not in ("packed", "arena")}
+    sizes = cost.to_json() | process
+    head = {"target": loaded.description["target"], "bitops": bitops(onnx_path, shape), "memory": sizes}
     head |= {"threads": loaded.description["threads"], "batch": loaded.input_shape[0]}
     if not layers:
         return head | measure(loaded, packed, model, repeats)

@@ -61,7 +61,8 @@ def timed(loaded: Artifact, params: Mapping[str, np.ndarray], limit: float = NOI
     "arena_bytes", "machine", "drift"}. Raises DeviceError, also for a machine that is too noisy.
 
     Every run is timed by itself and medians are taken: where another process gets the processor in between, that is a
-    few runs among many and not a longer time for all.
+    few runs among many and not a longer time for all. A run on a GPU ends when its outputs are here; times of single
+    kernels are those between the GPU's own events, and "machine" is its name.
     """
     packed = loaded.prepare(params)
     x = np.random.default_rng(0).standard_normal(loaded.input_shape).astype(np.float32)
@@ -75,7 +76,7 @@ def timed(loaded: Artifact, params: Mapping[str, np.ndarray], limit: float = NOI
             calls += [ticks() for _ in range(count)][count // 4 :]
         return whole, np.stack(calls)
 
-    name = str(machine()["cpu"])
+    name = loaded.connect() or str(machine()["cpu"])
     whole, calls = quiet(measure, lambda found: found[0], limit, name)
     kernels = np.percentile(calls / 1e6, (25, 50, 75), axis=0).T.tolist()
     found = {"latency": summary(whole), "kernels": kernels, "drift": drift(whole), "machine": name}

@@ -50,6 +50,20 @@ class LinearModel:
         """Predictions [n], never below a quarter of what was ever measured: a line has no floor of its own."""
         return np.maximum(features / self.scale @ self.coefficients, self.least / 4)
 
+    def bounds(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Error bars, [n] each: a new measurement lies between them with probability COVERAGE.
+
+        A band of 100% or more has no upper end: infinity.
+        """
+        predicted = self(features)
+        upper = predicted / (1 - self.band) if self.band < 1 else np.full_like(predicted, np.inf)
+        return predicted / (1 + self.band), upper
+
+
+def latency_features(table: LatencyTable, genomes: np.ndarray) -> np.ndarray:
+    """What a latency is computed from on a processor, float64 [n, 3]: fixed costs, summed kernel times, calls."""
+    return np.stack([np.ones(len(genomes)), *table.sums(genomes)], 1)
+
 
 def table_of(encoding: Encoding, rows: Sequence[Mapping[str, Any]]) -> LatencyTable | None:
     """The latency table that measured subnets hold; None where the device tells no kernels (a GPU).
@@ -88,13 +102,13 @@ class DeviceModel:
         weights, count = parts["weights"].astype(np.float64), (parts["channels"] > 0).sum(1).astype(np.float64)
         one = np.ones(len(genomes))
         if self.table is not None:
-            latency = [one, *self.table.sums(genomes)]
+            latency = latency_features(self.table, genomes)
         else:
             dense = weights > channels * 64  # a depthwise layer has at most 49 weights a channel
-            latency = [one, count, (macs * dense).sum(1), (macs * ~dense).sum(1), inputs.sum(1)]
+            latency = np.stack([one, count, (macs * dense).sum(1), (macs * ~dense).sum(1), inputs.sum(1)], 1)
         live = np.sort(inputs, axis=1)[:, -2:].sum(1)
         return {
-            "latency_ms": np.stack(latency, 1),
+            "latency_ms": latency,
             "download_kib": np.stack([one, count, channels.sum(1), parts["coded"].sum(1) / KIB], 1),
             "peak_memory_kib": np.stack([one, count, channels.sum(1), weights.sum(1) / KIB, live], 1),
         }
@@ -103,6 +117,11 @@ class DeviceModel:
         """{key: float64 [n]}."""
         features = self.features(genomes)
         return {key: model(features[key]) for key, model in self.models.items()}
+
+    def bounds(self, genomes: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Error bars of `__call__`, {key: (low, high)}, float64 [n] each, in the unit of the key."""
+        features = self.features(genomes)
+        return {key: model.bounds(features[key]) for key, model in self.models.items()}
 
     def advice(self) -> str:
         """Errors of the models on subnets left out, and the bands that new subnets should keep within."""

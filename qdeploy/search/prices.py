@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qdeploy.compile.pipeline import compile_model
-from qdeploy.errors import ModelError
+from qdeploy.errors import DeviceError, ModelError
 from qdeploy.extract import calibration_set
 from qdeploy.files import read_bytes, sha256
 from qdeploy.profile.database import Key, LatencyDatabase, Timed
@@ -24,7 +24,7 @@ from qdeploy.search.measure import Builder, Device, named
 from qdeploy.search.table import LatencyTable
 from qdeploy.space import SubnetSpec
 from qdeploy.subnet import check_integer
-from qdeploy.target import Target
+from qdeploy.target import Target, local_gpu
 from qdeploy.train.run import load_run
 
 Echo = Callable[[str], None]
@@ -45,7 +45,7 @@ class _Filling:
 
     def __init__(self, builder: Builder, database: LatencyDatabase, device: Device, run: str) -> None:
         self.builder, self.database, self.device, self.run = builder, database, device, run
-        self.key = Key(fingerprint(builder.target, device.machine), compiler_version())
+        self.key = Key(fingerprint(builder.target, _machine(builder.target, device)), compiler_version())
         self.measured: set[str] = set()
         self.networks = 0
 
@@ -75,12 +75,22 @@ class _Filling:
         return calls
 
 
+def _machine(target: Target, device: Device) -> str:
+    """What runs the kernels: a device, or its GPU. Raises DeviceError where there is none."""
+    if not target.gpu:
+        return device.machine
+    found = local_gpu()
+    if isinstance(found, str):
+        raise DeviceError(f"target {target.name} computes on a GPU, and {found}: run this on the machine with the GPU")
+    return f"{found.name}, {found.processors} processors, driver {found.driver}"
+
+
 def fill(
     run: Path, target: Target, database: LatencyDatabase, device: Device, data_dir: Path | None, echo: Echo
 ) -> Filled:
     """Measure what `database` lacks for the space of a trained `run` on `target`, by `device`.
 
-    Raises ModelError, CompileError (a GPU's kernels are not told apart) and DeviceError.
+    Raises ModelError, CompileError and DeviceError.
     """
     recipe, net = load_run(run)
     check_integer(net)

@@ -60,7 +60,9 @@ class Levels {
   // the level needs has been read and verified, `over` stays as it is.
   Packed Pack(size_t k, Packed over = Packed()) const {
     if (!device_) return program_.StoredLevel();
-    return program_.Prepare(device_->Assemble(names_[k], program_), std::move(over));
+    const std::vector<Buffer> params = device_->Assemble(names_[k], program_);
+    malloc_trim(0);  // what the assembly needed beside them goes back to the system before packing needs memory
+    return program_.Prepare(params, std::move(over));
   }
 
  private:

@@ -36,7 +36,13 @@ class Farm:
     def __init__(self, environment: dict[str, str]) -> None:
         self.environment, port = environment | {"OMP_NUM_THREADS": "1"}, free_port()
         self.tracker = Tracker("127.0.0.1", port)
-        self.processes = [self._start("rpc_tracker", "--port", str(port), "--port-end", str(port + 1))]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the tracker, at the same port every time."""
+        port = self.tracker.port
+        self.processes.append(self._start("rpc_tracker", "--port", str(port), "--port-end", str(port + 1)))
         until(lambda: self.listed() is not None, "the tracker does not start")
 
     def _start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:

@@ -40,3 +40,14 @@ def test_refusals_are_one_line(arguments: list[str], message: str, tmp_path: Pat
     found = CliRunner().invoke(main, where)
     assert found.exit_code == 2 and message in found.stderr and found.stderr.strip().count("\n") == 0
     assert not (tmp_path / "latency.sqlite").exists()
+
+
+def test_a_target_file_says_where_to_measure(tmp_path: Path) -> None:
+    target = tmp_path / "board.toml"
+    nowhere = f"127.0.0.1:{free_port()}"
+    target.write_text(Path(HOST).read_text() + f'device = "{nowhere}/board"\n')
+    command = ["latency-table", str(tmp_path), "--target", str(target), "-o", str(tmp_path / "latency.sqlite")]
+    found = CliRunner().invoke(main, command)
+    assert found.exit_code == 2 and f"no RPC tracker at {nowhere}" in found.stderr
+    found = CliRunner().invoke(main, [*command, "--device", "local"])  # comes before it
+    assert found.exit_code == 2 and "the checkpoint of a trained run" in found.stderr

@@ -41,6 +41,7 @@ def test_a_result_between_other_output(tmp_path: Path, monkeypatch: pytest.Monke
     [
         ("time.sleep(60)", "within 1 s of stage start", True),
         ('print(\'{"stage": "measure"}\', flush=True); time.sleep(60)', "within 0.5 s of stage measure", True),
+        ('print(\'{"stage": "measure"}\', flush=True); os.kill(os.getpid(), signal.SIGSTOP)', "stage measure", True),
         ("os.kill(os.getpid(), signal.SIGILL)", "died in stage start (SIGILL)", True),
         ("raise OSError('no memory')", "OSError: no memory", True),
         ("sys.exit(7)", "exit code 7", True),

@@ -13,8 +13,9 @@ import pytest
 
 from qdeploy.errors import DeviceError, RecipeError
 from qdeploy.farm import tracker as module
-from qdeploy.farm.device import parse_device, parse_devices
+from qdeploy.farm.device import RpcDevice, parse_device, parse_devices
 from qdeploy.farm.tracker import MAGIC, Tracker, devices, of_key, request
+from qdeploy.target import Target
 
 MAGIC_BYTES = struct.pack("<i", MAGIC)
 
@@ -135,7 +136,28 @@ def test_names_of_devices() -> None:
     for text in ("lokal", "farm:9190", "farm:9190/"):
         with pytest.raises(RecipeError, match="write local or HOST:PORT/KEY"):
             parse_device(text)
-    assert set(parse_devices(["a=local"], ["a", "b"])) == {"", "a"}
-    for texts, message in [(["c=local"], "no --target has the name 'c'"), (["local", "local"], "has a device already")]:
+
+
+def target_of(name: str, device: str = "") -> Target:
+    return Target(name, "x86_64", "llvm", "haswell", device=device)
+
+
+def test_devices_of_targets() -> None:
+    """`--device` before the target file, the target file before this machine; one object for each device."""
+    targets = [target_of("a"), target_of("b", "local"), target_of("c", "farm.invalid:1/rpi5")]
+    assert set(parse_devices([], targets[:2])) == {"", "b"} and set(parse_devices(["c=local"], targets)) == {
+        "",
+        "b",
+        "c",
+    }
+    assert set(parse_devices(["local"], targets)) == {""}  # no tracker is asked
+    both = parse_devices(["a=local", "b=local"], targets[:2])
+    assert set(both) == {"", "a", "b"} and both["a"] is both["b"]
+    with listening(replying([0, SUMMARY])) as tracker:
+        found = parse_devices([], [target_of("c", f"{tracker}/rpi5")])["c"]
+    assert isinstance(found, RpcDevice) and found.slots == 2 and found.key == "rpi5"
+    with pytest.raises(DeviceError, match="no RPC tracker at .*farm.invalid"):
+        parse_devices([], targets)
+    for texts, message in [(["d=local"], "no --target has the name 'd'"), (["local", "local"], "has a device already")]:
         with pytest.raises(RecipeError, match=message):
-            parse_devices(texts, ["a", "b"])
+            parse_devices(texts, targets[:2])

@@ -55,7 +55,10 @@ def test_a_profile_of_another_level_than_was_compiled(folder: Path, nets: list[F
     assert memory["weight_containers"] == sum(w.size for w in weights.values())
     bits = {row["layer"]: row["weight_bits"] for row in found["bitops"]["layers"]}
     assert memory["weights"] == sum(-(-w.size * bits[n.removesuffix(".weight")] // 8) for n, w in weights.items())
-    assert memory["peak"] == memory["packed"] + memory["arena"]
+    code = (folder / "a" / "lib.so").stat().st_size
+    assert memory["running"] == memory["packed"] + memory["arena"] + memory["input_output"] + code
+    assert memory["packing"] == memory["packed"] + memory["parameters"] + code
+    assert memory["peak"] == max(memory["running"], memory["packing"])
     text = render(found)
     for part in ("compiled artifact", "ONNX Runtime", "quartiles", "block0.conv1", "4 x 4", "packed", machine()["cpu"]):
         assert part in text

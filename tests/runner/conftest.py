@@ -66,7 +66,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     write_bundle(read_ladder(list(onnx.values())), [folder / "artifact"], folder / "tree")
     images = load("fashion-mnist", "test").images[:200]
     with serving(folder / "tree") as url:
-        pull(url, folder / "device", level="w4")
+        pull(url, folder / "device", level="w4", unsigned=True)
     runner = LevelRunner(folder / "device")
     outputs = {"w4": runner.run(images)}
     runner.drop("w2")

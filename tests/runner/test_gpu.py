@@ -82,7 +82,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     gpu, processor = only(folder / "both", 1, folder / "t4"), load_artifact(only(folder / "both", 0, folder / "host"))
     write_bundle(read_ladder(list(onnx.values())), [folder / "host", gpu], folder / "tree")
     with serving(folder / "tree") as url:
-        pull(url, folder / "device", level="w4", target="t4")
+        pull(url, folder / "device", level="w4", target="t4", unsigned=True)
     images = np.random.default_rng(3).random((5, *processor.input_shape[1:]), np.float32)
     np.save(folder / "x.npy", images)
     codes = {}

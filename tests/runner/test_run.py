@@ -243,6 +243,6 @@ def test_a_level_that_is_not_held_says_how_to_fetch_it(demo: Demo, tmp_path: Pat
     from qdeploy.serve.app import serving
 
     with serving(demo.tree) as url:
-        pull(url, tmp_path / "low", level="w2")
+        pull(url, tmp_path / "low", level="w2", unsigned=True)
     found = run(tmp_path / "low", "--input", saved(tmp_path / "x.npy", demo.images[:2]), "--climb", "w4")
     assert found.code == BAD and "level w4: object" in found.error and "qdeploy climb" in found.error
