@@ -11,9 +11,12 @@ from typing import Any
 import click
 
 from qdeploy import __version__
+from qdeploy.cli_device import climb, drop, evict, pull, run
 from qdeploy.cli_devices import devices, latency_table
+from qdeploy.cli_publish import keys, publish, refresh, rollout
 from qdeploy.cli_quantize import quantize, sensitivity
-from qdeploy.cli_search import pick, search
+from qdeploy.cli_search import maybe_connected, pick, search, workers_option
+from qdeploy.cli_serve import fleet, serve
 from qdeploy.errors import QDeployError
 
 PATH = click.Path(path_type=Path)
@@ -79,6 +82,8 @@ def main() -> None:
 
 main.add_command(quantize)
 main.add_command(sensitivity)
+for publishing in (keys, publish, rollout, refresh):
+    main.add_command(publishing)
 
 
 @main.command()
@@ -170,8 +175,12 @@ def subnet(  # noqa: PLR0913, PLR0917
 @click.option("--specs", type=PATH, required=True, help="Subnet specs, one JSON object a line.")
 @option_out("Results, one JSON line a spec; an unfinished file is continued.")
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True)
+@workers_option
+@click.option("--mirror", is_flag=True, help="Score each image's mirror image too: less left to chance.")
 @data_dir
-def evaluate(run: Path, specs: Path, out: Path, processes: int, data_dir: Path | None) -> None:
+def evaluate(
+    run: Path, specs: Path, out: Path, processes: int, workers: str | None, mirror: bool, data_dir: Path | None
+) -> None:
     """Score many specs of a trained RUN on images held out of its training set, each calibrated for itself.
 
     A killed evaluation loses what was being scored and nothing else: the same command goes on.
@@ -181,7 +190,8 @@ def evaluate(run: Path, specs: Path, out: Path, processes: int, data_dir: Path |
     from qdeploy.evaluate import evaluate as score
 
     torch.set_num_threads(1)
-    rows = score(run, specs, out, processes, data_dir, say)
+    with maybe_connected(workers) as pool:
+        rows = score(run, specs, out, processes, data_dir, say, pool, mirror)
     best = max(rows, key=lambda row: row["accuracy"])
     click.echo(
         f"{out}: {len(rows)} specs on {best['images']} images, the best {best['spec_id']} {best['accuracy']:.2f}%"
@@ -377,77 +387,6 @@ def profile(artifact: Path, model: Path, repeats: int, layers: bool, as_json: bo
 
 
 @main.command()
-@click.argument("root", type=PATH)
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
-@click.option("--log", type=PATH, help="Append one JSON line a request: path, range, status, bytes sent.")
-def serve(root: Path, host: str, port: int, log: Path | None) -> None:
-    """Serve the published tree ROOT over HTTP until Ctrl-C."""
-    from qdeploy.serve.app import serve as run
-
-    run(root, host, port, log, click.echo)
-
-
-@main.command()
-@click.argument("url")
-@option_out("Device folder; an interrupted pull in it resumes.")
-@click.option("--level", help="Level to bring the device to (default: the one in force, else the lowest).")
-@click.option("--target", help="Hardware class of the compiled artifact (default: the one that suits this machine).")
-def pull(url: str, out: Path, level: str | None, target: str | None) -> None:
-    """Fetch a level of the release at URL, verify it, put it in force."""
-    from qdeploy.client.pull import pull as run
-
-    click.echo("\n".join(run(url, out, level, target, say).lines()))
-
-
-@main.command()
-@click.argument("folder", type=PATH)
-@click.option("--to", required=True, help="Level to climb to.")
-def climb(folder: Path, to: str) -> None:
-    """Fetch the planes that a higher level lacks and put it in force."""
-    from qdeploy.client.pull import climb as run
-
-    click.echo("\n".join(run(folder, to, say).lines()))
-
-
-@main.command()
-@click.argument("folder", type=PATH)
-@click.option("--to", required=True, help="Level to drop to.")
-def drop(folder: Path, to: str) -> None:
-    """Go down to a level that is held: no bytes, no network."""
-    from qdeploy.client.pull import drop as run
-
-    click.echo("\n".join(run(folder, to).lines()))
-
-
-@main.command()
-@click.argument("folder", type=PATH)
-@click.option("--images", type=PATH, required=True, help=".npy, IDX (.gz too), PGM, PPM or PNG.")
-@click.option("--runtime", type=click.Choice(["tvm", "ort"]), default="tvm", show_default=True)
-@click.option("-o", "--out", type=PATH, help="Write the outputs as .npy instead of printing classes.")
-@as_json
-def run(folder: Path, images: Path, runtime: str, out: Path | None, as_json: bool) -> None:
-    """Run the level in force on images and print each one's class."""
-    from qdeploy.client.runtime import run as classify
-
-    outputs = classify(folder, images, runtime)
-    if out is not None:
-        import io
-
-        import numpy as np
-
-        from qdeploy.files import write_atomic
-
-        buffer = io.BytesIO()
-        np.save(buffer, outputs)
-        write_atomic(out, buffer.getvalue())
-        click.echo(f"{out}: float32 {list(outputs.shape)}")
-        return
-    classes = outputs.argmax(1).tolist()
-    click.echo(json.dumps(classes) if as_json else "\n".join(str(c) for c in classes))
-
-
-@main.command()
 @click.argument("dataset", type=click.Choice(["fashion-mnist"]))
 @option_out("Folder for the four IDX files.")
 def fetch(dataset: str, out: Path) -> None:
@@ -473,9 +412,13 @@ def demo(out: Path, as_json: bool) -> None:
     click.echo(json.dumps(result) if as_json else render(result))
 
 
+for command in (pull, climb, drop, evict, run):
+    main.add_command(command)
 main.add_command(devices)
 main.add_command(latency_table)
 main.add_command(search)
+main.add_command(serve)
+main.add_command(fleet)
 main.add_command(pick)
 
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from qdeploy.workers import Workers
 
 PATH = click.Path(path_type=Path)
 limit = click.option(
@@ -17,6 +23,9 @@ limit = click.option(
     help="An upper limit, such as latency_ms=5 (repeatable).",
 )
 
+floor = click.option(
+    "--min", "floors", multiple=True, metavar="NAME=NUMBER", help="A lower limit: accuracy=88 (repeatable)."
+)
 
 noise = click.option(
     "--noise",
@@ -25,6 +34,24 @@ noise = click.option(
     show_default=True,
     help="Per cent by which medians of one measurement may differ; a noisier one is refused.",
 )
+
+workers_option = click.option(
+    "--workers",
+    metavar="NUMBER|ADDRESS",
+    help="Spread the work by Dask: so many processes here, or a scheduler's tcp://HOST:PORT (extra: scale).",
+)
+
+
+@contextmanager
+def maybe_connected(workers: str | None) -> Iterator[Workers | None]:
+    """Workers as --workers names them; None without."""
+    if workers is None:
+        yield None
+        return
+    from qdeploy.workers import connected
+
+    with connected(workers, say) as found:
+        yield found
 
 
 def one_thread() -> None:
@@ -42,6 +69,7 @@ def say(text: str) -> None:
 @click.option("--target", "targets", type=PATH, multiple=True, help="targets/NAME.toml; several serve a fleet.")
 @click.option("--objective", "objectives", multiple=True, help="accuracy, latency, bitops, ... (repeatable).")
 @limit
+@floor
 @click.option(
     "--strategy", default="nsga2", show_default=True, help="nsga2, random, genetic (EQ-Net) or allocation (eq. 12)."
 )
@@ -55,6 +83,7 @@ def say(text: str) -> None:
 @click.option("--specs", type=PATH, help="Known specs to start from, one JSON object a line.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="That score specs.")
+@workers_option
 @click.option(
     "--device",
     "devices",
@@ -70,6 +99,7 @@ def search(  # noqa: PLR0913, PLR0917
     targets: tuple[Path, ...],
     objectives: tuple[str, ...],
     limits: tuple[str, ...],
+    floors: tuple[str, ...],
     strategy: str,
     population: int,
     generations: int,
@@ -79,6 +109,7 @@ def search(  # noqa: PLR0913, PLR0917
     specs: Path | None,
     seed: int,
     processes: int,
+    workers: str | None,
     devices: tuple[str, ...],
     noise: float,
     data_dir: Path | None,
@@ -101,11 +132,14 @@ def search(  # noqa: PLR0913, PLR0917
 
     torch.set_num_threads(1)
     found = tuple(load_target(path) for path in targets)
-    request = Request(objectives, limits, found, strategy, population, generations, rounds, samples, measure, seed)
+    request = Request(
+        objectives, limits, found, strategy, population, generations, rounds, samples, measure, seed, floors
+    )
     known = [] if specs is None else read_specs(specs)
-    where = parse_devices(devices, [target.name for target in found], noise / 100)
-    session = Search(run, request, known, out, data_dir, processes, say, where)
-    front = session.run()
+    where = parse_devices(devices, found, noise / 100)
+    with maybe_connected(workers) as pool:
+        session = Search(run, request, known, out, data_dir, processes, say, where, pool)
+        front = session.run()
     write_report(out, session.description(front))
     measured = sum(1 for member in front.members if member.measured)
     click.echo(
@@ -116,11 +150,14 @@ def search(  # noqa: PLR0913, PLR0917
 @click.command()
 @click.argument("folder", type=PATH)
 @limit
+@floor
 @click.option("--knee", is_flag=True, help="The subnet where the front bends, instead of the first objective's best.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
 @click.option("-o", "--out", type=PATH, required=True, help="Spec file for `qdeploy subnet --spec`.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
-def pick(folder: Path, limits: tuple[str, ...], knee: bool, as_json: bool, out: Path, force: bool) -> None:
+def pick(  # noqa: PLR0913, PLR0917
+    folder: Path, limits: tuple[str, ...], floors: tuple[str, ...], knee: bool, as_json: bool, out: Path, force: bool
+) -> None:
     """Write the spec of one subnet of a search FOLDER: within the limits, the best in the first objective."""
     from qdeploy.errors import RecipeError
     from qdeploy.files import canonical_json, write_atomic
@@ -129,7 +166,7 @@ def pick(folder: Path, limits: tuple[str, ...], knee: bool, as_json: bool, out: 
 
     if out.exists() and not force:
         raise RecipeError(f"{out} exists: choose another name or add --force")
-    member = choose(read_front(folder), limits, knee)
+    member = choose(read_front(folder), limits, knee, floors)
     write_atomic(out, canonical_json(member.spec.to_json()))
     source = "measured" if member.measured else "predicted"
     values = dict(member.measured or member.predicted)

@@ -25,6 +25,7 @@ from qdeploy.client.pull import pull
 from qdeploy.compile.artifact import load_artifact
 from qdeploy.compile.pipeline import compile_model
 from qdeploy.data import Dataset, load
+from qdeploy.demo_search import DemoSearch, Run, search_text
 from qdeploy.errors import DeviceError
 from qdeploy.export import export_onnx
 from qdeploy.export.parity import stock_session
@@ -67,14 +68,18 @@ def specs(net: Any, base: SubnetSpec) -> dict[str, SubnetSpec]:
     return {name: (levels | mixed)[name] for name in (*names[:-1], "mixed", names[-1])}
 
 
-def write_levels(out: Path, echo: Echo) -> dict[str, dict[str, Any]]:
-    """Freeze and export every level; returns the sidecars by level."""
+def shipped_run() -> Run:
+    """The run that ships with the repository."""
     recipe, net = load_run(MODEL)
-    calibration = calibration_set(recipe, None).images
+    return Run(MODEL, recipe.name, net, calibration_set(recipe, None).images, load_target(TARGET))
+
+
+def write_levels(run: Run, out: Path, echo: Echo) -> dict[str, dict[str, Any]]:
+    """Freeze and export every level; returns the sidecars by level."""
     sidecars = {}
-    for name, spec in specs(net, read_spec(MODEL / "base.json")).items():
+    for name, spec in specs(run.net, read_spec(run.folder / "base.json")).items():
         echo(f"level {name}: freezing spec {spec.id}, exporting, comparing codes with ONNX Runtime")
-        frozen = extract(net, spec, recipe.name, calibration, None)
+        frozen = extract(run.net, spec, run.name, run.calibration, None)
         save_frozen(frozen, out / "subnets" / name)
         sidecars[name] = export_onnx(frozen, out / "onnx" / f"{name}.onnx") | {"simulation": frozen.report["parity"]}
     return sidecars
@@ -166,7 +171,7 @@ def climb_under_inference(
 ) -> list[dict[str, Any]]:
     """Pull the lowest level, start the device, climb it level by level while it infers, drop it at the end."""
     levels = [level.name for level in manifest.levels]
-    first = pull(url, folder, levels[0])
+    first = pull(url, folder, levels[0], unsigned=True)
     steps = [{"level": levels[0], "step": "pull", "fetched": dict(first.fetched), "bytes": first.total_fetched}]
     with device_process(folder, *files) as device:
         device.wait(lambda row: row["event"] == "ready")
@@ -214,11 +219,12 @@ def demo(out: Path, echo: Echo) -> dict[str, Any]:
     write_atomic(out / "demo.json", b"{}\n")  # marks the folder as ours from the start, so that a rerun may replace it
     (out / "onnx").mkdir()
     test = load("fashion-mnist", "test")
-    sidecars = write_levels(out, echo)
+    run = shipped_run()
+    sidecars = write_levels(run, out, echo)
     names = list(sidecars)
     echo("compiling one artifact for all levels")
     artifact = out / "artifact"
-    compile_model(out / "onnx" / f"{names[0]}.onnx", load_target(TARGET), artifact)
+    compile_model(out / "onnx" / f"{names[0]}.onnx", run.target, artifact)
     echo("writing the bundle")
     root = out / "tree"
     manifest = write_bundle(read_ladder([out / "onnx" / f"{name}.onnx" for name in names]), [artifact], root)
@@ -232,6 +238,11 @@ def demo(out: Path, echo: Echo) -> dict[str, Any]:
         echo(f"serving at {url}; the device pulls {names[0]} and climbs while it classifies")
         steps = climb_under_inference(url, out / "device", manifest, (images, labels), len(test), echo)
     bundle = describe(root)
+    echo(f"searching {run.net.space.size:.1e} subnets for the best one under two limits of this machine")
+    ladder = [
+        (SubnetSpec.from_json(sidecars[name]["spec"]), out / "onnx" / f"{name}.onnx", artifact)
+        for name in (names[0], names[-1])
+    ]
     result = {
         "model": manifest.model,
         "machine": machine(),
@@ -239,6 +250,7 @@ def demo(out: Path, echo: Echo) -> dict[str, Any]:
         "drop": steps[-1],
         "fetched_twice": fetched_twice(read_byte_log(out / "bytes.jsonl")),
         "planes": bundle["planes against their entropy"],
+        "search": DemoSearch(run, ladder, out / "search", echo)(test),
         "report": str(out / "report.html"),
     }
     result["seconds"] = round(time.monotonic() - began, 1)
@@ -303,6 +315,7 @@ def render(result: Mapping[str, Any]) -> str:
         f"dropping back to {drop['level']} fetched {drop['bytes']} bytes; "
         f"{result['fetched_twice']} object bytes were sent twice, by the server's log",
         f"{result['model']} on {machine_['cpu']}, {machine_['cores']} cores, one thread; {result['seconds']} s in all",
+        search_text(result["search"]),
         f"report: {result['report']}",
     ]
     return "\n".join(lines)

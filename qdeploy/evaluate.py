@@ -12,21 +12,29 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
+from qdeploy.data import Dataset
 from qdeploy.errors import DeviceError, ModelError, QDeployError, RecipeError
 from qdeploy.files import canonical_json, parse_json, read_bytes, sha256, write_atomic
 from qdeploy.quant.calibrate import CALIBRATION_IMAGES, calibrated
+from qdeploy.quant.simulated import SimulatedNet
+from qdeploy.recipe import Recipe
 from qdeploy.space import SubnetSpec
+from qdeploy.train.memory import keep_freed_memory
 from qdeploy.train.run import accuracy, held_out_set, load_run, training_set
+from qdeploy.workers import Workers
 
 Echo = Callable[[str], None]
 Row = dict[str, Any]
@@ -35,16 +43,96 @@ KEYS = {"spec_id", "spec", "accuracy", "images", "run"}
 
 
 class Judge:
-    """Scores specs of one run. Loading it takes seconds, `score` is pure."""
+    """Scores specs of one run. Loading it takes seconds, `score` is pure.
 
-    def __init__(self, run: Path, data_dir: Path | None) -> None:
+    With `mirror` the held-out images come a second time, left and right exchanged: as many again for a network that
+    was trained on mirrored images too, so chance moves an accuracy less.
+    The process keeps the memory that torch frees from then on: fetching it anew takes a third of a score's time.
+    """
+
+    def __init__(self, run: Path, data_dir: Path | None, mirror: bool = False) -> None:
+        keep_freed_memory()
         recipe, self.net = load_run(run)
         self.held_out = held_out_set(recipe, data_dir)
+        if mirror:
+            self.held_out = mirrored(self.held_out)
         self.calibration = training_set(recipe, data_dir).images[:CALIBRATION_IMAGES]
 
     def score(self, spec: SubnetSpec) -> float:
         """Top-1 accuracy in per cent on the held-out images."""
         return accuracy(calibrated(self.net, spec, self.calibration), spec, self.held_out)
+
+
+def mirrored(data: Dataset) -> Dataset:
+    """`data`, then all of its images with left and right exchanged."""
+    images = np.concatenate([data.images, data.images[..., ::-1]])
+    return Dataset(data.name, data.split, images, np.concatenate([data.labels, data.labels]))
+
+
+PackedImages = tuple[np.ndarray, tuple[int, ...]]
+
+
+def packed_images(images: np.ndarray) -> PackedImages:
+    """Images [n, C, H, W] as they are pickled, with their strides in bytes.
+
+    By the stride of a single channel torch chooses kernels, and so how sums round; a pickle does not keep it.
+    """
+    whole = np.ascontiguousarray(images)
+    return whole, whole.strides
+
+
+def unpacked_images(packed: PackedImages) -> np.ndarray:
+    """Inverse of `packed_images`: both are contiguous, so strides differ on axes of one entry alone."""
+    images, strides = packed
+    return np.lib.stride_tricks.as_strided(images, strides=strides)
+
+
+RUN_FILES = ("recipe.json", "quantized.checkpoint")  # all that `load_run` reads
+
+
+@dataclass(frozen=True)
+class RunCopy:
+    """A trained run as bytes, for a process on a machine that does not have its folder."""
+
+    files: Mapping[str, bytes]
+
+    @classmethod
+    def of(cls, run: Path) -> RunCopy:
+        """The copy of folder `run`; raises ModelError."""
+        return cls({name: read_bytes(Path(run) / name, "the trained run", ModelError) for name in RUN_FILES})
+
+    def load(self) -> tuple[Recipe, SimulatedNet]:
+        """As `load_run`."""
+        with tempfile.TemporaryDirectory(prefix="qdeploy-run-") as folder:
+            for name, data in self.files.items():
+                (Path(folder) / name).write_bytes(data)
+            return load_run(Path(folder))
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Makes `Judge.score` in another process, with the images (`packed_images`) of this one."""
+
+    run: RunCopy
+    calibration: PackedImages
+    held_out: PackedImages
+    labels: np.ndarray
+    about: tuple[str, str]  # name and split of the dataset
+
+    @classmethod
+    def of(cls, run: Path, judge: Judge) -> Scoring:
+        """What `judge`, of folder `run`, does."""
+        data = judge.held_out
+        images = packed_images(judge.calibration), packed_images(data.images)
+        return cls(RunCopy.of(run), *images, data.labels, (data.name, data.split))
+
+    def __call__(self) -> Callable[[SubnetSpec], float]:
+        torch.set_num_threads(1)
+        keep_freed_memory()
+        judge = object.__new__(Judge)
+        judge.net, judge.calibration = self.run.load()[1], unpacked_images(self.calibration)
+        judge.held_out = Dataset(*self.about, unpacked_images(self.held_out), self.labels)
+        return judge.score
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -100,7 +188,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 # ---- work ------------------------------------------------------------------------------------------------------------
 
 
-def _work(pipe: Connection, run: Path, data_dir: Path | None) -> None:
+def _work(pipe: Connection, run: Path, data_dir: Path | None, mirror: bool) -> None:
     """A worker process: specs in, (spec, accuracy or error) out, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the pipe
     torch.set_num_threads(1)
@@ -109,7 +197,7 @@ def _work(pipe: Connection, run: Path, data_dir: Path | None) -> None:
         while True:
             spec = pipe.recv()
             try:
-                judge = judge or Judge(run, data_dir)
+                judge = judge or Judge(run, data_dir, mirror)
                 pipe.send((spec, judge.score(spec)))
             except QDeployError as e:
                 pipe.send((spec, e))
@@ -120,22 +208,30 @@ def _work(pipe: Connection, run: Path, data_dir: Path | None) -> None:
 Scores = Generator[tuple[SubnetSpec, float], None, None]
 
 
-def _scores(judge: Judge, run: Path, specs: Sequence[SubnetSpec], data_dir: Path | None, processes: int) -> Scores:
-    """Each spec with its accuracy, in this process or, as they come, from several others."""
+def _scores(
+    judge: Judge, run: Path, specs: Sequence[SubnetSpec], data_dir: Path | None, mirror: bool, processes: int,
+    workers: Workers | None,
+) -> Scores:  # fmt: skip
+    """Each spec with its accuracy, in this process or, as they come, from others."""
+    if workers is not None:
+        named = {spec.id: spec for spec in specs}
+        for key, found in workers.map(Scoring.of(run, judge), named):
+            yield named[key], found
+        return
     if min(processes, len(specs)) > 1:
-        yield from _spread(run, specs, data_dir, min(processes, len(specs)))
+        yield from _spread(run, specs, data_dir, mirror, min(processes, len(specs)))
         return
     for spec in specs:
         yield spec, judge.score(spec)
 
 
-def _spread(run: Path, specs: Sequence[SubnetSpec], data_dir: Path | None, processes: int) -> Scores:
+def _spread(run: Path, specs: Sequence[SubnetSpec], data_dir: Path | None, mirror: bool, processes: int) -> Scores:
     """Each spec with its accuracy, as `processes` workers finish them."""
     context = multiprocessing.get_context("spawn")  # torch does not survive a fork
     pipes: dict[Connection, SpawnProcess] = {}
     for _ in range(processes):
         ours, theirs = context.Pipe()
-        worker = context.Process(target=_work, args=(theirs, run, data_dir), daemon=True)
+        worker = context.Process(target=_work, args=(theirs, run, data_dir, mirror), daemon=True)
         worker.start()
         theirs.close()
         pipes[ours] = worker
@@ -163,13 +259,17 @@ def _spread(run: Path, specs: Sequence[SubnetSpec], data_dir: Path | None, proce
             worker.join()
 
 
-def evaluate(run: Path, specs_path: Path, out: Path, processes: int, data_dir: Path | None, echo: Echo) -> list[Row]:
+def evaluate(
+    run: Path, specs_path: Path, out: Path, processes: int, data_dir: Path | None, echo: Echo,
+    workers: Workers | None = None, mirror: bool = False,
+) -> list[Row]:  # fmt: skip
     """Score every spec of `specs_path` that `out` does not hold yet; returns the rows in the order of the specs.
 
+    `workers`, where they are given, score in place of `processes` of this machine. `mirror`: as `Judge`'s.
     Raises RecipeError for a spec outside the run's space or a run without held-out images, ModelError when `out`
     belongs to another run, DeviceError when it cannot be written.
     """
-    specs, judge = read_specs(specs_path), Judge(run, data_dir)
+    specs, judge = read_specs(specs_path), Judge(run, data_dir, mirror)
     for number, spec in enumerate(specs, 1):
         try:
             judge.net.check_spec(spec)
@@ -187,7 +287,7 @@ def evaluate(run: Path, specs_path: Path, out: Path, processes: int, data_dir: P
         todo = [spec for spec in specs if spec.id not in done]
         if len(todo) < len(specs):
             echo(f"{len(specs) - len(todo)} of {len(specs)} specs are scored already")
-        with closing(_scores(judge, run, todo, data_dir, processes)) as scored:
+        with closing(_scores(judge, run, todo, data_dir, mirror, processes, workers)) as scored:
             start = last = time.monotonic()
             for count, (spec, found) in enumerate(scored, 1):
                 done[spec.id] = about | {"spec_id": spec.id, "spec": spec.to_json(), "accuracy": found}

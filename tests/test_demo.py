@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -32,7 +33,23 @@ def test_the_demo_climbs_and_fetches_nothing_twice(tmp_path: Path) -> None:
         assert set(row["fetched"]) <= {"planes", "side", "skeleton", "artifact", "manifest"}
     assert all("artifact" not in row["fetched"] for row in result["levels"][1:])  # code is fetched once
     page = (out / "report.html").read_text()
-    assert page.count("<figure>") == 5 and len(page) < 3_000_000
+    assert page.count("<figure>") == 6 and len(page) < 3_000_000
+    check_search(result["search"])
+
+
+def check_search(search: dict[str, Any]) -> None:
+    """The limits lie between the smallest and the largest subnet; every pick is judged by what was measured."""
+    pick, limits, ends = search["pick"], search["limits"], search["ends"]
+    for key, limit in limits.items():
+        assert ends["smallest"][key] < limit < ends["largest"][key]
+    for attempt in search["attempts"]:
+        assert attempt["kept"] == all(attempt["measured"][key] <= limit for key, limit in limits.items())
+        assert attempt["predicted"]["download_kib"] == pytest.approx(attempt["measured"]["download_kib"], rel=0.15)
+    assert all(not attempt["kept"] for attempt in search["attempts"][:-1]) and search["attempts"][-1] == pick
+    assert pick["measured"]["download_kib"] <= limits["download_kib"]
+    assert pick["predicted"]["accuracy"] == pytest.approx(pick["measured"]["accuracy"], abs=2)
+    assert len(search["front"]) > 5 and pick["measured"]["accuracy"] > 87
+    assert Path(pick["folder"], "spec.json").exists()
 
 
 def test_a_folder_with_something_else_is_not_replaced(tmp_path: Path) -> None:

@@ -18,8 +18,21 @@ PNG_DPI = 120
 LISTED = 12
 
 
+def error_ends(values: Sequence[float], bars: Sequence[Sequence[float | None] | None]) -> list[list[float]]:
+    """Lengths below and above `values` as matplotlib has them; 0 where there is no bar or no upper end."""
+    below, above = [], []
+    for value, bar in zip(values, bars, strict=True):
+        low, high = bar or (value, value)
+        below.append(max(0.0, value - (value if low is None else low)))
+        above.append(max(0.0, (value if high is None else high) - value))
+    return [below, above]
+
+
 def front_plot(objectives: Sequence[str], members: Sequence[Mapping[str, Any]]) -> Figure:
-    """The first objective against each other one: predicted members small, measured ones large."""
+    """The first objective against each other one: predicted members small, measured ones large.
+
+    Those that were measured also show the error bars of what was predicted of them.
+    """
     others = list(objectives[1:]) or list(objectives)
     found = Figure(figsize=(7.0, 3.4 * len(others)), layout="constrained")
     rows: list[Axes] = list(found.subplots(len(others), 1, squeeze=False)[:, 0])
@@ -27,7 +40,22 @@ def front_plot(objectives: Sequence[str], members: Sequence[Mapping[str, Any]]) 
         for key, size, label in (("predicted", 8, "predicted"), ("measured", 36, "measured")):
             points = [m[key] for m in members if m[key]]
             axes.scatter([p[other] for p in points], [p[objectives[0]] for p in points], size, label=label,
-                         color=COLOURS[0 if key == "predicted" else 1])  # fmt: skip
+                         color=COLOURS[0 if key == "predicted" else 1], zorder=2)  # fmt: skip
+        barred = [m for m in members if m["measured"]]
+        places = [[m["predicted"][name] for m in barred] for name in (other, objectives[0])]
+        ends = [error_ends(at, [m["bars"].get(name) for m in barred])
+                for at, name in zip(places, (other, objectives[0]), strict=True)]  # fmt: skip
+        if barred:
+            axes.errorbar(
+                places[0],
+                places[1],
+                xerr=ends[0],
+                yerr=ends[1],
+                fmt="none",
+                ecolor=COLOURS[5],
+                elinewidth=0.8,
+                zorder=1,
+            )
         axes.set_xlabel(other)
         axes.set_ylabel(objectives[0])
     rows[0].legend(frameon=False)
@@ -47,13 +75,16 @@ def hypervolume_plot(history: Sequence[Sequence[float]]) -> Figure:
     return found
 
 
-def agreement_plot(compared: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
-    """(predicted, measured) pairs of each quantity, one panel each; on the line they agree."""
+def agreement_plot(compared: Mapping[str, Sequence[tuple[float, float, Sequence[float | None]]]]) -> Figure:
+    """(predicted, measured, error bar of the prediction) of each quantity, one panel each; on the line they agree."""
     found = Figure(figsize=(7.0, 3.4 * max(1, len(compared))), layout="constrained")
     panels = found.subplots(max(1, len(compared)), 1, squeeze=False)[:, 0]
     for axes, (name, pairs) in zip(panels, compared.items(), strict=False):
-        axes.scatter([p for p, _ in pairs], [q for _, q in pairs], 20, color=COLOURS[0])
-        ends = [min(min(p) for p in pairs), max(max(p) for p in pairs)] if pairs else [0.0, 1.0]
+        predicted, measured = [p for p, _, _ in pairs], [q for _, q, _ in pairs]
+        errors = error_ends(predicted, [bar for _, _, bar in pairs])
+        axes.errorbar(predicted, measured, xerr=errors, fmt="o", markersize=4, color=COLOURS[0], ecolor=COLOURS[5])
+        both = [*predicted, *measured] or [0.0, 1.0]
+        ends = [min(both), max(both)]
         axes.plot(ends, ends, "--", color=COLOURS[5], linewidth=1)
         axes.set_xlabel(f"predicted {name}")
         axes.set_ylabel(f"measured {name}")
@@ -75,8 +106,8 @@ def bits_plot(layers: Sequence[str], members: Sequence[Mapping[str, Any]]) -> Fi
 def write_report(folder: Path, description: Mapping[str, Any]) -> None:
     """report.html, front.png, hypervolume.png, agreement.png and bits.png in `folder`.
 
-    `description`: title, text, objectives, layers, history, compared ({name: [(predicted, measured)]}), members
-    [{id, predicted, measured, bits: {layer: width}}].
+    `description`: title, text, objectives, layers, history, compared ({name: [(predicted, measured,
+    (low, high))]}), members [{id, predicted, measured, bars: {name: (low, high)}, bits: {layer: width}}].
     """
     members, objectives = description["members"], description["objectives"]
     plots = {

@@ -98,5 +98,30 @@ def demo_page(result: Mapping[str, Any]) -> str:
                                          [e["bound"] for e in summary]),
                "Bytes of each plane as sent, beside its entropy given the planes above it."),
         figure(plots.latency(levels, runtimes), "Median latency with quartiles, measured side by side."),
+        *search_parts(result["search"]),
     ]  # fmt: skip
     return document("qdeploy demo", parts)
+
+
+def search_parts(search: Mapping[str, Any]) -> list[str]:
+    """The demo's search: what was predicted of each pick, what was measured, and the front that it was picked from."""
+    limits, keys = search["limits"], (("latency_ms", "ms", 4), ("download_kib", "KiB", 1))
+    head = ["pick", *(f"{unit}{end}" for _, unit, _ in keys for end in ("", ", predicted", ", limit")), "keeps both"]
+    rows = [
+        [pick["spec_id"], *(f"{value:.{digits}f}" for key, _, digits in keys
+                            for value in (pick["measured"][key], pick["predicted"][key], limits[key])),
+         "yes" if pick["kept"] else "no"]
+        for pick in search["attempts"]
+    ]  # fmt: skip
+    pick, samples = search["pick"], search["samples"]
+    text = (
+        f"Search for the most accurate subnet under two limits of this machine: NSGA-II, {search['population']} x "
+        f"{search['generations']} evaluations, {search['seconds']} s with all measuring. Accuracy is predicted from "
+        f"{samples['samples']} scored subnets (Kendall tau {samples['kendall_tau']:.2f} on subnets left out); latency "
+        f"from subnets measured on {search['measured_elsewhere']}, corrected by subnets measured here. The pick has "
+        f"{pick['measured']['accuracy']:.2f}% on the test images."
+    )
+    front = [(row["latency_ms"], row["accuracy"]) for row in search["front"]]
+    picture = plots.search_front(front, limits["latency_ms"], [p["measured"]["latency_ms"] for p in search["attempts"]])
+    caption = "Predicted front of the search, the limit in time, and what the picks took when they were measured."
+    return ["<h2>Search</h2>", f"<p>{escape(text)}</p>", table(head, rows), figure(picture, caption)]

@@ -101,3 +101,16 @@ def latency(levels: Sequence[str], rows: Sequence[tuple[str, Sequence[float], Se
     axes.set_ylabel("latency, one thread (ms)")
     _legend(axes)
     return svg(figure)
+
+
+def search_front(front: Sequence[tuple[float, float]], limit: float, picks: Sequence[float]) -> str:
+    """`front`: (ms, predicted accuracy in %) of subnets; a line at the limit and one at each pick's measured time."""
+    figure, axes = new_figure()
+    axes.scatter([ms for ms, _ in front], [accuracy for _, accuracy in front], 14, color=COLOURS[0], label="front")
+    axes.axvline(limit, color=COLOURS[4], label="limit")
+    for number, ms in enumerate(picks):
+        axes.axvline(ms, color=COLOURS[2], linestyle="--", label="pick, measured" if not number else None)
+    axes.set_xlabel("milliseconds an image")
+    axes.set_ylabel("predicted top-1 accuracy (%)")
+    _legend(axes)
+    return svg(figure)

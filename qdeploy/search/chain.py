@@ -5,17 +5,19 @@ Then one bundle serves the fleet: a device pulls the planes of its class's level
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
 
 from qdeploy.errors import RecipeError
 from qdeploy.search.encoding import Encoding, keys
-from qdeploy.search.problem import Problem
+from qdeploy.search.problem import Predict, Problem, Values
 
 CANDIDATES = 40  # of one architecture, the most accurate for each class
 ARCHITECTURES = 30
+CHAINS = 8  # that are measured before a search gives up
 
 
 @dataclass(frozen=True)
@@ -82,3 +84,40 @@ def best_chain(problem: Problem, genomes: np.ndarray) -> Chain:
     if best is None:
         raise RecipeError(f"no architecture found has nesting levels for {', '.join(targets)}: raise the limits")
     return best
+
+
+def overlaid(predict: Predict, genomes: np.ndarray, measured: Values) -> Predict:
+    """`predict`, with the values of canonical `genomes` [n, V] replaced by the `measured` ones, {key: [n]}."""
+    rows = {key: i for i, key in enumerate(keys(genomes))}
+
+    def known_first(asked: np.ndarray) -> Values:
+        values = {key: np.array(column, np.float64) for key, column in predict(asked).items()}
+        source = np.array([rows.get(key, -1) for key in keys(asked)], np.int64)
+        for key, column in measured.items() if len(genomes) else ():
+            values[key] = np.where(source >= 0, column[source], values[key])
+        return values
+
+    return known_first
+
+
+def measured_chain(
+    problem: Callable[[], Problem],
+    genomes: np.ndarray,
+    known: Callable[[], tuple[np.ndarray, Values]],
+    measure: Callable[[np.ndarray], None],
+) -> Chain:
+    """The best chain whose levels were all measured, and keep their classes' limits as measured.
+
+    `problem` predicts from what was measured up to now, which `known` says; `measure` adds to it. What a prediction
+    promised and a measurement does not keep is not chosen again. Raises RecipeError after CHAINS chains.
+    """
+    for _ in range(CHAINS):
+        asked, (seen, values) = problem(), known()
+        chain = best_chain(replace(asked, predict=overlaid(asked.predict, seen, values)), genomes)
+        fresh = asked.encoding.unlike(np.stack([genome for _, genome in chain.levels]), seen)
+        if not len(fresh):
+            return chain
+        measure(fresh)
+    raise RecipeError(
+        f"{CHAINS} chains of nesting levels broke a limit when they were measured: raise the limits, or --rounds"
+    )

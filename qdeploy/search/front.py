@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,25 @@ import numpy as np
 from qdeploy.errors import ModelError, RecipeError
 from qdeploy.files import canonical_json, parse_json, read_bytes
 from qdeploy.search.objectives import KEYS, Bound, near, parse_bounds
-from qdeploy.space import SearchSpace, SubnetSpec
+from qdeploy.space import SubnetSpec
 
-FORMAT = "qdeploy-front/1"
+FORMAT = "qdeploy-front/2"
 NAME = "front.json"
+Bar = tuple[float, float | None]
 
 
 @dataclass(frozen=True)
 class Member:
-    """A subnet of a front. `predicted` and `measured`: {Measured.key: value}; `measured` is empty where none was."""
+    """A subnet of a front. `predicted` and `measured`: {Measured.key: value}; `measured` is empty where none was.
+
+    `bars`: {key: (low, high)}, the predicted value's error bar; keys that are counted exactly have none, and a bar
+    without an upper end has None there.
+    """
 
     spec: SubnetSpec
     predicted: Mapping[str, float]
     measured: Mapping[str, float]
+    bars: Mapping[str, Bar] = field(default_factory=dict)
 
     def value(self, key: str) -> float:
         """Measured where it was, else predicted."""
@@ -44,7 +50,12 @@ class Front:
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
         rows = [
-            {"spec": m.spec.to_json(), "predicted": dict(m.predicted), "measured": dict(m.measured)}
+            {
+                "spec": m.spec.to_json(),
+                "predicted": dict(m.predicted),
+                "measured": dict(m.measured),
+                "bars": {key: list(bar) for key, bar in m.bars.items()},
+            }
             for m in self.members
         ]
         head = {"format": FORMAT, "space": self.space, "run": self.run}
@@ -70,6 +81,7 @@ def read_front(folder: Path) -> Front:
                 SubnetSpec.from_json(row["spec"]),
                 {k: float(v) for k, v in row["predicted"].items()},
                 {k: float(v) for k, v in row["measured"].items()},
+                {k: (float(low), None if high is None else float(high)) for k, (low, high) in row["bars"].items()},
             )
             for row in value["members"]
         )
@@ -80,12 +92,6 @@ def read_front(folder: Path) -> Front:
         raise ModelError(f"{path} is no front of `qdeploy search` ({e}): search again") from e
 
 
-def check_space(front: Front, space: SearchSpace, folder: Path) -> None:
-    """Raise ModelError unless the front's specs are of `space`."""
-    if front.space != space.id:
-        raise ModelError(f"{folder} holds a front of another space ({front.space}, here {space.id}): search this run")
-
-
 def minimised(key: str, value: float) -> float:
     """The value with the sign that makes less better."""
     return -value if KEYS[key.partition("@")[0]].maximised else value
@@ -93,20 +99,21 @@ def minimised(key: str, value: float) -> float:
 
 def feasible(members: Sequence[Member], bounds: Sequence[Bound]) -> list[Member]:
     """Those that keep all bounds; RecipeError that says the nearest reachable values when there are none."""
-    found = [m for m in members if all(m.value(b.what.key) <= b.limit for b in bounds)]
+    found = [m for m in members if all(b.excess(m.value(b.what.key)) <= 0 for b in bounds)]
     if found:
         return found
 
     def excess(member: Member) -> float:
-        return sum(max(0.0, member.value(b.what.key) / b.limit - 1.0) for b in bounds)
+        return sum(max(0.0, float(b.excess(member.value(b.what.key)))) for b in bounds)
 
-    nearest = min(members, key=excess)
-    said = ", ".join(
-        f"{b.what.key} <= {b.limit:g} (the least is {min(m.value(b.what.key) for m in members):.4g}, the nearest "
-        f"subnet has {nearest.value(b.what.key):.4g})"
-        for b in bounds
-    )
-    raise RecipeError(f"no subnet of the front keeps {said}: raise a limit, or search with these limits")
+    nearest, parts = min(members, key=excess), []
+    for b in bounds:
+        values = [m.value(b.what.key) for m in members]
+        reached = f"the greatest is {max(values):.4g}" if b.sign == ">=" else f"the least is {min(values):.4g}"
+        has = f"the nearest subnet has {nearest.value(b.what.key):.4g}"
+        parts.append(f"{b.what.key} {b.sign} {b.limit:g} ({reached}, {has})")
+    said = ", ".join(parts)
+    raise RecipeError(f"no subnet of the front keeps {said}: ease a limit, or search with these limits")
 
 
 def knee(members: Sequence[Member], objectives: Sequence[str]) -> Member:
@@ -120,11 +127,11 @@ def knee(members: Sequence[Member], objectives: Sequence[str]) -> Member:
     return members[int(np.argmin(scaled.sum(1)))]
 
 
-def pick(front: Front, limits: Sequence[str], at_knee: bool) -> Member:
+def pick(front: Front, limits: Sequence[str], at_knee: bool, floors: Sequence[str] = ()) -> Member:
     """The best member within the limits: at the knee, or the one that is best in the first objective."""
     if not front.members:
         raise RecipeError("the front is empty: search again")
-    bounds = parse_bounds(limits, front.targets)
+    bounds = parse_bounds(limits, front.targets, floors)
     for bound in bounds:
         if bound.what.key not in front.members[0].predicted:
             known = list(front.members[0].predicted)
@@ -136,10 +143,13 @@ def pick(front: Front, limits: Sequence[str], at_knee: bool) -> Member:
 
 
 def table(front: Front) -> tuple[list[str], list[list[Any]]]:
-    """Head and rows of the front as CSV has them: spec id, then predicted and measured values."""
+    """Head and rows of the front as CSV has them: spec id, predicted and measured values, error bars."""
     names = list(front.members[0].predicted) if front.members else []
+    barred = list(front.members[0].bars) if front.members else []
     head = ["spec_id", *(f"predicted {n}" for n in names), *(f"measured {n}" for n in names)]
-    rows = [
-        [m.spec.id, *(m.predicted[n] for n in names), *(m.measured.get(n, "") for n in names)] for m in front.members
-    ]
+    head += [f"{end} {n}" for n in barred for end in ("low", "high")]
+    rows = []
+    for m in front.members:
+        bars = ["" if end is None else end for n in barred for end in m.bars[n]]
+        rows.append([m.spec.id, *(m.predicted[n] for n in names), *(m.measured.get(n, "") for n in names), *bars])
     return head, rows

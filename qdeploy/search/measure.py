@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from qdeploy.bundle.write import write_bundle
 from qdeploy.compile.artifact import load_artifact
 from qdeploy.compile.pipeline import compile_model
 from qdeploy.errors import ModelError
+from qdeploy.evaluate import PackedImages, RunCopy, unpacked_images
 from qdeploy.export import export_onnx
 from qdeploy.files import canonical_json, parse_json, read_bytes, write_atomic
 from qdeploy.ladder import read_ladder
@@ -31,6 +33,7 @@ from qdeploy.target import Target
 Row = dict[str, Any]
 KIB = 1024.0
 MODEL = "level.onnx"
+CHUNK = 16  # subnets that are built elsewhere before the first of them is measured
 
 
 class Device(Protocol):
@@ -103,6 +106,36 @@ class Built:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A `Built` as it travels between processes: the files that measuring needs, by their paths in its folder."""
+
+    spec: SubnetSpec
+    target: Target
+    files: Mapping[str, bytes]
+    kernels: list[Kernel]
+    download: int
+    code: int
+
+    @classmethod
+    def of(cls, built: Built) -> Packed:
+        """The files of `built`, whose folder is removed."""
+        with built.folder as name:
+            where = Path(name)
+            paths = [where / MODEL, *(path for path in (where / "artifact").rglob("*") if path.is_file())]
+            files = {str(path.relative_to(where)): path.read_bytes() for path in paths}
+        return cls(built.spec, built.target, files, built.kernels, built.download, built.code)
+
+    def unpacked(self) -> Built:
+        """Inverse of `of`."""
+        folder = tempfile.TemporaryDirectory(prefix="qdeploy-search-")
+        for name, data in self.files.items():
+            path = Path(folder.name) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return Built(self.spec, self.target, folder, self.kernels, self.download, self.code)
+
+
+@dataclass(frozen=True)
 class Builder:
     """What is measured of `net` on `target`. `calibration`: training images uint8 [n, C, H, W]."""
 
@@ -131,11 +164,34 @@ class Builder:
             raise
 
 
-class Measurements:
-    """Rows of one target in a JSON lines file, each synced when it is measured."""
+@dataclass(frozen=True)
+class Building:
+    """Makes what builds subnets in another process; arguments as `Builder` has them, images as `packed_images`."""
 
-    def __init__(self, path: Path, build: Callable[[SubnetSpec], Built], device: Device) -> None:
-        self.path, self._build, self._device = path, build, device
+    run: RunCopy
+    name: str
+    calibration: PackedImages
+    target: Target
+
+    def __call__(self) -> Callable[[SubnetSpec], Packed]:
+        torch.set_num_threads(1)
+        build = Builder(self.run.load()[1], self.name, unpacked_images(self.calibration), self.target)
+        return lambda spec: Packed.of(build(spec))
+
+
+Spread = Callable[[Mapping[str, SubnetSpec]], Iterator[tuple[str, Packed]]]
+
+
+class Measurements:
+    """Rows of one target in a JSON lines file, each synced when it is measured.
+
+    `spread`: builds several specs elsewhere, in place of `build`.
+    """
+
+    def __init__(
+        self, path: Path, build: Callable[[SubnetSpec], Built], device: Device, spread: Spread | None = None
+    ) -> None:
+        self.path, self._build, self._device, self._spread = path, build, device, spread
         self.rows: dict[str, Row] = {}
         if path.exists():
             for number, line in enumerate(read_bytes(path, "the measurements", ModelError).splitlines(), 1):
@@ -147,7 +203,8 @@ class Measurements:
     def measure(self, specs: Sequence[SubnetSpec], done: Callable[[Row], None] = lambda row: None) -> None:
         """Measure those of `specs` that are not held, as many at once as the device has slots.
 
-        One is built while others run. What was measured is kept also when a later one raises.
+        One is built while others run, unless they are built elsewhere. What was measured is kept also when a later one
+        raises.
         """
         fresh = [spec for spec in dict.fromkeys(specs) if spec.id not in self.rows]
         running: set[Future[Row]] = set()
@@ -155,8 +212,8 @@ class Measurements:
         most = self._device.slots
         with ThreadPoolExecutor(most) as pool:
             try:
-                for spec in fresh:
-                    running.add(pool.submit(self._build(spec).measure, self._device))
+                for built in self._built(fresh):
+                    running.add(pool.submit(built.measure, self._device))
                     # on one device nothing is built while something runs: that would disturb it
                     while len(running) >= most and not failed:
                         failed += self._collect(running, done)
@@ -167,6 +224,18 @@ class Measurements:
                     failed += self._collect(running, done)
         if failed:
             raise failed[0]
+
+    def _built(self, specs: Sequence[SubnetSpec]) -> Iterator[Built]:
+        """Each of `specs`, ready; those built elsewhere CHUNK at a time, so that nothing is measured meanwhile."""
+        if self._spread is None:
+            for spec in specs:
+                yield self._build(spec)
+            return
+        for start in range(0, len(specs), CHUNK):
+            chunk = {spec.id: spec for spec in specs[start : start + CHUNK]}
+            found = dict(self._spread(chunk))
+            for key in chunk:
+                yield found[key].unpacked()
 
     def _collect(self, running: set[Future[Row]], done: Callable[[Row], None]) -> list[BaseException]:
         """Keep the rows of runs that have ended, which leave `running`; what those raised that failed."""

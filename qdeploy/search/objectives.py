@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qdeploy.errors import RecipeError
 
@@ -57,10 +58,20 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bound:
-    """An upper limit, in the quantity's unit."""
+    """A limit in the quantity's unit: the least value of what is maximised, the greatest of anything else."""
 
     what: Measured
     limit: float
+
+    def excess(self, values: Any) -> Any:
+        """How far `values` (a number or an array) break the limit, relative to it; 0 or less where they keep it."""
+        ratio = values / self.limit - 1.0
+        return -ratio if self.what.quantity.maximised else ratio
+
+    @property
+    def sign(self) -> str:
+        """How a value must stand to the limit."""
+        return ">=" if self.what.quantity.maximised else "<="
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -109,25 +120,31 @@ def parse_objectives(texts: Sequence[str], targets: Sequence[str]) -> list[Measu
     return found
 
 
-def parse_bounds(texts: Sequence[str], targets: Sequence[str]) -> list[Bound]:
-    """NAME_UNIT=NUMBER or NAME_UNIT@TARGET=NUMBER each; RecipeError for anything else."""
+def parse_bounds(texts: Sequence[str], targets: Sequence[str], floors: Sequence[str] = ()) -> list[Bound]:
+    """NAME_UNIT=NUMBER or NAME_UNIT@TARGET=NUMBER each; RecipeError for anything else.
+
+    `texts` are upper limits (--max), `floors` lower ones (--min), which what is maximised can have and nothing else.
+    """
     found: list[Bound] = []
-    for text in texts:
+    for option, text in [*(("--max", text) for text in texts), *(("--min", text) for text in floors)]:
         name, equals, value = text.partition("=")
         measured = parse_measured(name, targets)
         quantity = measured[0].quantity
-        if quantity.maximised:
-            raise RecipeError(f"--max {text}: {quantity.key} is maximised, so it has no upper limit")
+        if quantity.maximised != (option == "--min"):
+            other, way = ("--min", "maximised") if quantity.maximised else ("--max", "minimised")
+            raise RecipeError(f"{option} {text}: {quantity.key} is {way}, limit it with {other}")
         if name.partition("@")[0] != quantity.key:
-            raise RecipeError(f"--max {text} says no unit: write {quantity.key}{'=' + value if equals else '=NUMBER'}")
+            raise RecipeError(
+                f"{option} {text} says no unit: write {quantity.key}{'=' + value if equals else '=NUMBER'}"
+            )
         try:
             limit = float(value)
         except ValueError:
             limit = math.nan
         if not (math.isfinite(limit) and limit > 0):
-            raise RecipeError(f"--max {text}: {value!r} is no positive number; write for example {quantity.key}=5")
+            raise RecipeError(f"{option} {text}: {value!r} is no positive number; write for example {quantity.key}=5")
         found += [Bound(one, limit) for one in measured]
     for i, bound in enumerate(found):
         if bound.what in [other.what for other in found[:i]]:
-            raise RecipeError(f"--max {bound.what.key} is given twice")
+            raise RecipeError(f"a limit of {bound.what.key} is given twice")
     return found

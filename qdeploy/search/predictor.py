@@ -1,8 +1,12 @@
-"""Accuracy predictor: one-hot spec -> MLP of three hidden layers -> accuracy (QFA, section 4; EQ-Net's CQAP).
+"""Accuracy predictor: one-hot spec -> a line and an MLP of three hidden layers -> accuracy (QFA, section 4; CQAP).
 
-The columns of granularity and symmetry are EQ-Net's condition bits, beside those of widths and architecture. An
-ensemble of networks, each trained without another fifth of the samples, gives the mean and its uncertainty; what each
-says of the fifth that it has not seen gives honest figures of quality without setting samples aside.
+CQAP is EQ-Net's. The columns of granularity and symmetry are its condition bits, beside those of widths and
+architecture. An ensemble of networks, each trained without another fifth of the samples, gives the mean and its
+uncertainty; what each says of the fifth that it has not seen gives honest figures of quality without setting samples
+aside.
+
+A scored spec costs seconds and a space has hundreds of columns, so samples are few: ridge regression, which a hundred
+samples suffice for, says the main part and the MLP what is left of it, as far as that helps with unseen samples.
 """
 
 from __future__ import annotations
@@ -20,9 +24,11 @@ MEMBERS = 5
 HIDDEN = (96, 96, 96)
 EPOCHS, BATCH = 60, 64
 STEPS = (300, 3000)  # at least and at most
+RIDGES = tuple(10.0 ** (power / 2) for power in range(-4, 9))
 LEARNING_RATE, WEIGHT_DECAY = 4e-3, 2e-2
 SAMPLES_LEAST = 2 * MEMBERS
 WANTED_TAU = 0.8  # of held-out specs; below it, more samples are asked for
+DOUBT = 2.0  # how many times more than on the samples members may differ on what is asked about
 CURVE = (0.25, 0.5)  # parts of the samples whose quality is measured too
 
 
@@ -47,7 +53,7 @@ def kendall_tau(first: np.ndarray, second: np.ndarray) -> float:
 
 
 class _Ensemble(nn.Module):
-    """Members side by side: [members, n, columns] -> [members, n]; a linear path beside the hidden layers."""
+    """Members side by side: [members, n, columns] -> [members, n]."""
 
     def __init__(self, columns: int, seed: int) -> None:
         super().__init__()
@@ -61,7 +67,6 @@ class _Ensemble(nn.Module):
         layers = list(zip(sizes, sizes[1:], strict=False))
         self.weights = nn.ParameterList([weight(i, o, 2**0.5 if o > 1 else 0.1) for i, o in layers])
         self.biases = nn.ParameterList([nn.Parameter(torch.zeros(MEMBERS, 1, o)) for _, o in layers])
-        self.linear = weight(columns, 1, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = x
@@ -69,7 +74,24 @@ class _Ensemble(nn.Module):
             hidden = torch.baddbmm(bias, hidden, weight)
             if i < len(self.weights) - 1:
                 hidden = torch.relu(hidden)
-        return (hidden + torch.bmm(x, self.linear))[..., 0]
+        return hidden[..., 0]
+
+
+def ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
+    """Weights [columns] and intercept of ridge regression; of RIDGES the one whose errors on samples left out one by
+    one are least (Golub, Heath and Wahba 1979, eq. 1.2)."""
+    middle, mean = x.mean(0), float(y.mean())
+    u, s, vt = np.linalg.svd(x - middle, full_matrices=False)
+    along = u.T @ (y - mean)
+    best, least = np.zeros(len(s)), np.inf
+    for strength in RIDGES:
+        kept = s**2 / (s**2 + strength)
+        seen = 1.0 / len(y) + (u**2 * kept).sum(1)
+        error = float(np.mean(((y - mean - u @ (kept * along)) / np.maximum(1.0 - seen, 1e-6)) ** 2))
+        if error < least:
+            best, least = s / (s**2 + strength) * along, error
+    weights = vt.T @ best
+    return weights, mean - float(middle @ weights)
 
 
 def folds(count: int, seed: int) -> np.ndarray:
@@ -78,7 +100,7 @@ def folds(count: int, seed: int) -> np.ndarray:
 
 
 def _fit(x: np.ndarray, y: np.ndarray, part: np.ndarray, seed: int) -> _Ensemble:
-    """Member k learns from the samples outside part k; `y` has mean 0 and deviation 1."""
+    """Member k learns from the samples outside part k; `y` float32 [members, n], of deviation about 1 or less."""
     network = _Ensemble(x.shape[1], seed)
     inputs, targets = torch.from_numpy(x), torch.from_numpy(y)
     own = [torch.from_numpy(np.flatnonzero(part != k)) for k in range(MEMBERS)]
@@ -89,7 +111,8 @@ def _fit(x: np.ndarray, y: np.ndarray, part: np.ndarray, seed: int) -> _Ensemble
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
         picked = torch.stack([rows[torch.randint(len(rows), (batch,), generator=generator)] for rows in own])
-        loss = nn.functional.smooth_l1_loss(network(inputs[picked]), targets[picked], reduction="sum") / batch
+        wanted = targets.gather(1, picked)
+        loss = nn.functional.smooth_l1_loss(network(inputs[picked]), wanted, reduction="sum") / batch
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -99,17 +122,19 @@ def _fit(x: np.ndarray, y: np.ndarray, part: np.ndarray, seed: int) -> _Ensemble
 
 class AccuracyPredictor:
     """Trained on samples: one-hot rows float32 [n, columns] and accuracies in per cent [n]. The same samples and seed
-    give the same predictor. Raises ModelError for too few samples."""
+    give the same predictor. Raises ModelError for too few samples.
+
+    `unseen` [n]: what the member that has not seen a sample says of it; `quality` and `error`, its root mean square,
+    come from that. `curve`: the quality that parts of the samples give. `spread`: how much members differ on samples.
+    """
 
     def __init__(self, x: np.ndarray, accuracy: np.ndarray, seed: int = 0, curve: bool = True) -> None:
         if len(x) < SAMPLES_LEAST:
             raise ModelError(f"{len(x)} scored specs teach no predictor: score {SAMPLES_LEAST} or more")
-        self.quality, network = self._train(x, accuracy, seed)
-        self.curve = [self._train(*self._part(x, accuracy, share, seed), seed)[0] for share in CURVE if curve]
+        self.curve = [self._train(*self._part(x, accuracy, share, seed), seed) for share in CURVE if curve]
+        self.quality = self._train(x, accuracy, seed)
         self.curve = [one for one in self.curve if one.samples < len(x)] + [self.quality]
-        self._weights = [w.detach().numpy() for w in network.weights]
-        self._biases = [b.detach().numpy() for b in network.biases]
-        self._linear = network.linear.detach().numpy()
+        self.spread = float(self(x)[1].mean())
 
     @staticmethod
     def _part(x: np.ndarray, y: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -117,17 +142,26 @@ class AccuracyPredictor:
         index = np.random.default_rng(seed).permutation(len(x))[:count]
         return x[index], y[index]
 
-    def _train(self, x: np.ndarray, accuracy: np.ndarray, seed: int) -> tuple[Quality, _Ensemble]:
+    def _train(self, x: np.ndarray, accuracy: np.ndarray, seed: int) -> Quality:
         accuracy = np.asarray(accuracy, np.float64)
         self.mean, self.deviation = float(accuracy.mean()), float(accuracy.std()) or 1.0
-        part = folds(len(x), seed)
-        network = _fit(x, ((accuracy - self.mean) / self.deviation).astype(np.float32), part, seed)
+        y, part = (accuracy - self.mean) / self.deviation, folds(len(x), seed)
+        lines = [ridge(x[part != k].astype(np.float64), y[part != k]) for k in range(MEMBERS)]
+        linear = np.stack([x @ weights + intercept for weights, intercept in lines])
+        network = _fit(x, (y - linear).astype(np.float32), part, seed)
         with torch.no_grad():
-            said = network(torch.from_numpy(x).expand(MEMBERS, *x.shape)).numpy()
-        unseen = said[part, np.arange(len(x))] * self.deviation + self.mean
-        quality = Quality(len(x), kendall_tau(unseen, accuracy), float(np.abs(unseen - accuracy).mean()))
-        self.error = float(np.sqrt(np.mean((unseen - accuracy) ** 2)))
-        return quality, network
+            bent = network(torch.from_numpy(x).expand(MEMBERS, *x.shape)).numpy().astype(np.float64)
+        which = part, np.arange(len(x))
+        rest, said = y - linear[which], bent[which]
+        share = float(np.clip(said @ rest / max(float(said @ said), 1e-12), 0.0, 1.0))
+        self._weights = [w.detach().numpy() for w in network.weights]
+        self._biases = [b.detach().numpy() for b in network.biases]
+        self._weights[-1], self._biases[-1] = self._weights[-1] * share, self._biases[-1] * share
+        self._biases[-1] = self._biases[-1] + np.array([b for _, b in lines], np.float32).reshape(MEMBERS, 1, 1)
+        self._linear = np.stack([weights for weights, _ in lines])[..., None].astype(np.float32)
+        self.unseen = (linear[which] + share * said) * self.deviation + self.mean
+        self.error = float(np.sqrt(np.mean((self.unseen - accuracy) ** 2)))
+        return Quality(len(x), kendall_tau(self.unseen, accuracy), float(np.abs(self.unseen - accuracy).mean()))
 
     def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Accuracy in per cent and its standard deviation between members, float64 [n] each."""
@@ -148,8 +182,24 @@ class AccuracyPredictor:
         if q.tau >= WANTED_TAU:
             return text
         first = self.curve[0]
-        if first.samples == q.samples or first.tau >= q.tau:
-            return f"{text}: tau {WANTED_TAU} is wanted, but more samples have not raised it; try {2 * q.samples}"
+        text += f": tau {WANTED_TAU} is wanted"
+        if first.samples == q.samples:
+            return f"{text}, score about {2 * q.samples} specs"
+        if first.tau >= q.tau:
+            return (
+                f"{text}, but more samples have not raised it: score {2 * q.samples}, or hold out more images if "
+                "accuracies differ by less than their noise"
+            )
         slope = np.log((1 - first.tau) / (1 - q.tau)) / np.log(q.samples / first.samples)
         needed = q.samples * ((1 - q.tau) / (1 - WANTED_TAU)) ** (1 / slope)
-        return f"{text}: tau {WANTED_TAU} is wanted, score about {int(min(needed, 10 * q.samples)):d} specs"
+        return f"{text}, score about {int(min(needed, 10 * q.samples)):d} specs"
+
+    def doubt(self, x: np.ndarray) -> str:
+        """Words where the members agree much less on `x` than on the samples; "" where the samples cover it."""
+        spread = float(self(x)[1].mean())
+        if spread <= DOUBT * self.spread:
+            return ""
+        return (
+            f"accuracy predictor: its members differ by {spread:.2f} points on these subnets, by {self.spread:.2f} on "
+            f"the {self.quality.samples} samples: score some subnets like these"
+        )

@@ -19,7 +19,7 @@ Predict = Callable[[np.ndarray], Values]
 class Scored:
     """Genomes [n, V], what is minimised [n, objectives] (accuracy with a minus) and violations [n, constraints].
 
-    A violation is relative: value / limit - 1; a genome is feasible when none is above 0.
+    A violation is relative, `Bound.excess`; a genome is feasible when none is above 0.
     """
 
     genomes: np.ndarray
@@ -74,7 +74,7 @@ class Problem:
 
     def violated(self, values: Values, target: str) -> np.ndarray:
         """Greatest relative violation of the bounds of `target` ("": of those that belong to none), [n]."""
-        rows = [values[b.what.key] / b.limit - 1.0 for b in self.bounds if b.what.target == target]
+        rows = [b.excess(values[b.what.key]) for b in self.bounds if b.what.target == target]
         return np.asarray(np.max(rows, axis=0))
 
     def score(self, genomes: np.ndarray) -> Scored:
@@ -86,7 +86,7 @@ class Problem:
 
     def violations(self, values: Values, count: int) -> np.ndarray:
         """[n, constraints] of `values`: one column for each bound of no target, one for the targets together."""
-        columns = [values[b.what.key] / b.limit - 1.0 for b in self.bounds if not b.what.target]
+        columns = [b.excess(values[b.what.key]) for b in self.bounds if not b.what.target]
         if self.targets:
             columns.append(np.min([self.violated(values, target) for target in self.targets], axis=0))
         return np.stack(columns, axis=1) if columns else np.zeros((count, 0))
@@ -100,8 +100,9 @@ class Problem:
         parts = []
         for bound in self.bounds:
             column = values[bound.what.key]
+            reached = column.max() if bound.what.quantity.maximised else column.min()
             parts.append(
-                f"{bound.what.key} {bound.limit:g} (at least {column.min():.4g} is reachable, "
+                f"{bound.what.key} {bound.sign} {bound.limit:g} ({reached:.4g} is reachable alone, "
                 f"{column[nearest]:.4g} in the subnet nearest to all)"
             )
-        raise RecipeError(f"no subnet found that keeps {', '.join(parts)}: raise the limits")
+        raise RecipeError(f"no subnet found that keeps {', '.join(parts)}: ease the limits")

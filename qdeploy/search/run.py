@@ -18,20 +18,20 @@ from typing import Any
 import numpy as np
 
 from qdeploy.errors import ModelError, RecipeError
-from qdeploy.evaluate import evaluate, read_specs, spec_lines
+from qdeploy.evaluate import RunCopy, evaluate, packed_images, read_specs, spec_lines
 from qdeploy.extract import calibration_set
 from qdeploy.files import canonical_json, parse_json, read_bytes, sha256, write_atomic
 from qdeploy.quant.network import QuantNet
 from qdeploy.search import folder as names
 from qdeploy.search.baselines import Allocation, Genetic, RandomSearch
-from qdeploy.search.chain import best_chain
+from qdeploy.search.chain import measured_chain
 from qdeploy.search.costs import Costs
 from qdeploy.search.device import LEAST, DeviceModel
 from qdeploy.search.encoding import Encoding
 from qdeploy.search.evolve import COLUMNS, Evolution, Frame
-from qdeploy.search.front import NAME, Front, Member, table
+from qdeploy.search.front import NAME, Bar, Front, Member, table
 from qdeploy.search.geometry import geometry
-from qdeploy.search.measure import Builder, Device, LocalDevice, Measurements, Row
+from qdeploy.search.measure import Builder, Building, Device, LocalDevice, Measurements, Row, Spread
 from qdeploy.search.nsga2 import Nsga2
 from qdeploy.search.objectives import near, parse_bounds, parse_objectives
 from qdeploy.search.predictor import AccuracyPredictor
@@ -41,16 +41,18 @@ from qdeploy.space import SubnetSpec
 from qdeploy.subnet import check_integer
 from qdeploy.target import Target
 from qdeploy.train.run import load_run
+from qdeploy.workers import Workers
 
 Echo = Callable[[str], None]
+Ends = dict[str, tuple[np.ndarray, np.ndarray]]  # {Measured.key: (low, high) [n] each}
 STRATEGIES = ("nsga2", "random", "genetic", "allocation")
 DRAWN = 8  # random subnets measured on a device beside those that show every shape
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a search. `samples`: specs scored before the first round; `measured`: subnets of the front that
-    are scored and measured after each round."""
+    """What is asked of a search. `limits` are upper and `floors` lower ones; `samples`: specs scored before the first
+    round; `measured`: subnets of the front that are scored and measured after each round."""
 
     objectives: tuple[str, ...]
     limits: tuple[str, ...]
@@ -62,6 +64,7 @@ class Request:
     samples: int = 200
     measured: int = 8
     seed: int = 0
+    floors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -70,25 +73,26 @@ class Request:
         if len(set(targets)) < len(targets):
             raise RecipeError("a target is given twice")
         parse_objectives(self.objectives, targets)
-        parse_bounds(self.limits, targets)
+        parse_bounds(self.limits, targets, self.floors)
 
 
 class Search:
     """One search folder; `run` goes on where a killed one stopped.
 
     `devices`: what each target is measured on, by its name; "" is for the others (default: this process).
+    `workers`: score specs and build subnets in place of this machine's processes.
     """
 
     def __init__(
         self, run: Path, request: Request, seeds: Sequence[SubnetSpec], out: Path, data_dir: Path | None,
-        processes: int, echo: Echo, devices: Mapping[str, Device] | None = None,
+        processes: int, echo: Echo, devices: Mapping[str, Device] | None = None, workers: Workers | None = None,
     ) -> None:  # fmt: skip
         self.run_folder, self.request, self.out = run, request, out
-        self.data_dir, self.processes, self.echo = data_dir, processes, echo
+        self.data_dir, self.processes, self.echo, self.workers = data_dir, processes, echo, workers
         self.devices = dict(devices or {"": LocalDevice()})
         targets = [target.name for target in request.targets]
         self.objectives = tuple(parse_objectives(request.objectives, targets))
-        self.bounds = tuple(parse_bounds(request.limits, targets))
+        self.bounds = tuple(parse_bounds(request.limits, targets, request.floors))
         self.recipe, self.net = load_run(run)
         self.encoding = Encoding(self.net.space)
         self.known = self.encoding.genomes(seeds)
@@ -99,7 +103,7 @@ class Search:
             check_integer(self.net)
         self.digest = sha256(read_bytes(run / "quantized.checkpoint", "the checkpoint", ModelError))[:12]
         wanted = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(request).items()}
-        wanted |= {"targets": [vars(target) | {"features": list(target.features)} for target in request.targets]}
+        wanted |= {"targets": [_identity(target) for target in request.targets]}
         wanted |= {"space": self.net.space.id, "run": self.digest, "seeds": [spec.id for spec in seeds]}
         names.claim(out, wanted)
 
@@ -127,12 +131,20 @@ class Search:
                 self.out / f"{target.name}.jsonl",
                 Builder(self.net, self.recipe.name, calibration, target),
                 self.devices.get(target.name, self.devices[""]),
+                self.spread(calibration, target),
             )
             for target in self.targets
         }
         covering = self.encoding.canonical(self.encoding.covering())
         extra = self.encoding.spread(max(DRAWN, LEAST - len(covering)), random)
         self.measure(self.encoding.unlike(np.concatenate([covering, extra]), covering[:0]))
+
+    def spread(self, calibration: np.ndarray, target: Target) -> Spread | None:
+        """What builds subnets elsewhere; None without workers."""
+        if self.workers is None:
+            return None
+        making = Building(RunCopy.of(self.run_folder), self.recipe.name, packed_images(calibration), target)
+        return partial(self.workers.map, making)
 
     def score(self, genomes: np.ndarray) -> None:
         """Score specs for real, those that are scored already not again."""
@@ -141,7 +153,8 @@ class Search:
         fresh = [spec for spec in self.encoding.specs(genomes) if spec not in set(held)]
         if fresh:
             write_atomic(path, spec_lines([*held, *fresh]))
-        rows = evaluate(self.run_folder, path, self.out / names.SCORES, self.processes, self.data_dir, self.echo)
+        scores = self.out / names.SCORES
+        rows = evaluate(self.run_folder, path, scores, self.processes, self.data_dir, self.echo, self.workers)
         self.accuracy = {row["spec_id"]: float(row["accuracy"]) for row in rows}
         self.scored = self.encoding.genomes([SubnetSpec.from_json(row["spec"]) for row in rows])
 
@@ -160,16 +173,30 @@ class Search:
     def problem(self) -> Problem:
         """Predictors of all that is known now."""
         parts: list[Callable[[np.ndarray], Values]] = [self.costs]
+        self._bars: list[Callable[[np.ndarray], Ends]] = []
         if self.scores:
             values = np.array([self.accuracy[spec.id] for spec in self.encoding.specs(self.scored)])
             predictor = AccuracyPredictor(self.encoding.one_hot(self.scored), values, self.request.seed)
             self.echo(predictor.advice())
             parts.append(lambda genomes: {"accuracy": predictor(self.encoding.one_hot(genomes))[0]})
+            self._bars.append(partial(_accuracy_bars, predictor, self.encoding))
         for target, found in self.measurements.items():
             model = DeviceModel(self.costs, list(found.rows.values()))
             self.echo(f"{target}: {len(found.rows)} subnets measured; left out one by one: {model.advice()}")
             parts.append(partial(_of_target, model, target))
+            self._bars.append(partial(_device_bars, model, target))
         return Problem(self.encoding, self.objectives, self.bounds, partial(_all_of, parts))
+
+    def bars(self, genomes: np.ndarray) -> list[dict[str, Bar]]:
+        """Error bars of what the last `problem` predicts, of each genome: of accuracy one standard deviation."""
+        ends = {key: pair for part in self._bars for key, pair in part(genomes).items()}
+        rows = zip(*(zip(low.tolist(), high.tolist(), strict=True) for low, high in ends.values()), strict=True)
+        if not ends:
+            return [{} for _ in genomes]
+        return [
+            {k: (low, high if np.isfinite(high) else None) for k, (low, high) in zip(ends, row, strict=True)}
+            for row in rows
+        ]
 
     def strategy(self, problem: Problem, seeds: np.ndarray, round_: int) -> Strategy:
         """The way to search that was asked for."""
@@ -203,20 +230,24 @@ class Search:
         problem.check_reachable(members)
         chosen = spread_part(members, self.request.measured)
         self.foretell(number, problem, members.genomes[chosen])
-        if self.scores and len(chosen):
-            self.score(members.genomes[chosen])
-        self.measure(members.genomes[chosen])
+        self.learn(members.genomes[chosen])
         return members
+
+    def learn(self, genomes: np.ndarray) -> None:
+        """Score and measure specs for real."""
+        if self.scores and len(genomes):
+            self.score(genomes)
+        self.measure(genomes)
 
     def foretell(self, number: int, problem: Problem, genomes: np.ndarray) -> None:
         """Write down what is predicted of subnets before they are measured, so that it can be compared honestly."""
         path = self.out / names.FORETOLD
         rows = [] if not path.exists() else read_rows(path)
         if not any(row["round"] == number for row in rows):
-            values, specs = problem.predict(genomes), self.encoding.specs(genomes)
+            values, specs, bars = problem.predict(genomes), self.encoding.specs(genomes), self.bars(genomes)
             for i, spec in enumerate(specs):
                 said = {key: float(column[i]) for key, column in values.items()}
-                rows.append({"round": number, "spec": spec.to_json(), "predicted": said})
+                rows.append({"round": number, "spec": spec.to_json(), "predicted": said, "bars": bars[i]})
             write_atomic(path, b"".join(canonical_json(row) for row in rows))
         self.foretold = rows
 
@@ -234,11 +265,27 @@ class Search:
         front = self.front(problem, members)
         self.write(front)
         if len(self.targets) > 1 and self.scores and problem.targets:
-            chain = best_chain(problem, members.genomes)
-            for target, genome in chain.levels:
-                spec = self.encoding.specs(genome[None])[0]
-                write_atomic(self.out / "levels" / f"{target}.json", canonical_json(spec.to_json()))
+            self.fleet(members)
+            front = self.front(self.problem(), members)
+            self.write(front)
         return front
+
+    def fleet(self, members: Scored) -> None:
+        """Write a level for each device class: they nest, and each keeps its class's limits as measured."""
+        chain = measured_chain(self.problem, members.genomes, self.known_values, self.learn)
+        for target, genome in chain.levels:
+            spec = self.encoding.specs(genome[None])[0]
+            write_atomic(self.out / "levels" / f"{target}.json", canonical_json(spec.to_json()))
+            row = self.measurements[target].rows[spec.id]
+            said = ", ".join(f"{key} {row[key]:.4g}" for key in ("latency_ms", "download_kib", "peak_memory_kib"))
+            self.echo(f"level for {target}: {spec.id}, accuracy {self.accuracy[spec.id]:.2f}, {said}")
+
+    def known_values(self) -> tuple[np.ndarray, Values]:
+        """Canonical genomes that were scored and measured on every target, and their values."""
+        specs = [SubnetSpec.from_json(row["spec"]) for row in self.measurements[self.targets[0].name].rows.values()]
+        found = [(spec, values) for spec in specs if (values := self.measured(spec, {}))]
+        names_ = list(found[0][1]) if found else []
+        return self.encoding.genomes([s for s, _ in found]), {k: np.array([v[k] for _, v in found]) for k in names_}
 
     # ---- results ---------------------------------------------------------------------------------------------------
 
@@ -262,11 +309,11 @@ class Search:
         last = again.genomes[again.front]
         known = self.scored if self.scores else members.genomes[:0]
         genomes = self.encoding.unlike(np.concatenate([known, last]), known[:0])
-        values, specs = problem.predict(genomes), self.encoding.specs(genomes)
+        values, specs, bars = problem.predict(genomes), self.encoding.specs(genomes), self.bars(genomes)
         rows = []
         for i, spec in enumerate(specs):
             predicted = {key: float(column[i]) for key, column in values.items()}
-            rows.append(Member(spec, predicted, self.measured(spec, predicted)))
+            rows.append(Member(spec, predicted, self.measured(spec, predicted), bars[i]))
         real = [i for i, row in enumerate(rows) if row.measured]
         kept: list[Member] = []
         if real:
@@ -289,6 +336,7 @@ class Search:
                 "id": member.spec.id,
                 "predicted": member.predicted,
                 "measured": member.measured,
+                "bars": member.bars,
                 "bits": {entry.layer: entry.weight_bits for entry in member.spec.layers},
             }
             for member in sorted(front.members, key=lambda m: m.value(front.objectives[0]))
@@ -296,8 +344,9 @@ class Search:
         pairs = []
         for row in self.foretold:
             measured = self.measured(SubnetSpec.from_json(row["spec"]), row["predicted"])
-            pairs.append({key: (row["predicted"][key], measured[key]) for key in compared if measured})
-        limits = ", ".join(self.request.limits) or "no limits"
+            if measured:
+                pairs.append({key: (row["predicted"][key], measured[key], row["bars"][key]) for key in compared})
+        limits = ", ".join(f"{bound.what.key} {bound.sign} {bound.limit:g}" for bound in self.bounds) or "no limits"
         text = f"{self.recipe.name}: {self.request.strategy}, {limits}; run {self.digest}, space {self.net.space.id}."
         return {
             "title": f"Search of {self.recipe.name}",
@@ -305,7 +354,7 @@ class Search:
             "objectives": list(front.objectives),
             "layers": self.encoding.layers,
             "history": self.history,
-            "compared": {key: [pair[key] for pair in pairs if pair] for key in compared},
+            "compared": {key: [pair[key] for pair in pairs] for key in compared},
             "members": members,
         }
 
@@ -324,12 +373,27 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [parse_json(line, f"{path} line {number}", ModelError) for number, line in enumerate(lines, 1)]
 
 
+def _identity(target: Target) -> dict[str, Any]:
+    """What results on a target depend on; where it is reached is not of it."""
+    found = {name: value for name, value in vars(target).items() if name != "device"}
+    return found | {"features": list(target.features)}
+
+
 def _all_of(parts: Sequence[Callable[[np.ndarray], Values]], genomes: np.ndarray) -> Values:
     return {key: column for part in parts for key, column in part(genomes).items()}
 
 
 def _of_target(model: DeviceModel, target: str, genomes: np.ndarray) -> Values:
     return {f"{key}@{target}": column for key, column in model(genomes).items()}
+
+
+def _accuracy_bars(predictor: AccuracyPredictor, encoding: Encoding, genomes: np.ndarray) -> Ends:
+    mean, deviation = predictor(encoding.one_hot(genomes))
+    return {"accuracy": (mean - deviation, mean + deviation)}
+
+
+def _device_bars(model: DeviceModel, target: str, genomes: np.ndarray) -> Ends:
+    return {f"{key}@{target}": ends for key, ends in model.bounds(genomes).items()}
 
 
 def csv_bytes(head: Sequence[str], rows: Sequence[Sequence[object]]) -> bytes:

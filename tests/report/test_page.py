@@ -22,6 +22,20 @@ def row(level: str, total: int) -> dict[str, Any]:
     }
 
 
+LIMITS = {"latency_ms": 0.5, "download_kib": 90.0}
+PICK = {"spec_id": "<i>", "predicted": {"latency_ms": 0.4, "download_kib": 80.0}, "kept": True}
+PICK |= {"measured": {"latency_ms": 0.45, "download_kib": 81.0, "accuracy": 88.5}}
+SEARCH = {
+    "population": 10,
+    "generations": 4,
+    "seconds": 1.5,
+    "samples": {"samples": 30, "kendall_tau": 0.8, "mae": 0.1},
+    "measured_elsewhere": "another <cpu>",
+    "limits": LIMITS,
+    "front": [{"latency_ms": 0.1, "accuracy": 87.0}, {"latency_ms": 0.4, "accuracy": 88.0}],
+    "attempts": [PICK],
+    "pick": PICK,
+}
 RESULT = {
     "model": "m<script>",
     "machine": {"cpu": "a cpu", "cores": 2},
@@ -29,6 +43,7 @@ RESULT = {
     "drop": {"level": "w2", "bytes": 0},
     "fetched_twice": 0,
     "planes": [{"planes": name, "coded": 10, "bound": 9.0} for name in ("base", "2", "all")],
+    "search": SEARCH,
 }
 
 
@@ -51,7 +66,8 @@ def test_the_page_stands_alone_and_escapes_names() -> None:
     links = Links()
     links.feed(page)
     assert [load for load in links.loads if not load.startswith("use xlink")] == []
-    assert links.figures == 5
+    assert links.figures == 6
+    assert "another &lt;cpu&gt;" in page and "0.4500" in page and "88.50%" in page
     assert "m&lt;script&gt;" in page and "0 of 1,000 differ" in page
     assert page == demo_page(RESULT)
 

@@ -9,7 +9,7 @@ from qdeploy.errors import ModelError
 from qdeploy.search import predictor as module
 from qdeploy.search.device import LinearModel
 from qdeploy.search.encoding import Encoding
-from qdeploy.search.predictor import AccuracyPredictor, kendall_tau
+from qdeploy.search.predictor import AccuracyPredictor, Quality, kendall_tau, ridge
 from qdeploy.space import LayerSpace, SearchSpace
 from tests.search.spaces import Formula, small_space
 
@@ -39,6 +39,58 @@ def test_the_predictor_ranks_what_it_has_not_seen(monkeypatch: pytest.MonkeyPatc
     assert first.quality.samples == 120 and first.quality.tau > 0.75
     assert first.quality.mae == pytest.approx(np.abs(said - truth).mean(), rel=1.0)
     assert (deviation > 0).all() and "Kendall tau" in first.advice()
+
+
+def test_what_is_learned_of_all_samples_is_kept_whether_a_curve_is_drawn_or_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "STEPS", (20, 20))
+    random = np.random.default_rng(0)
+    x = random.integers(0, 2, (60, 12)).astype(np.float32)
+    y = 80 + x @ random.standard_normal(12) + 0.1 * random.standard_normal(60)
+    with_curve, without = AccuracyPredictor(x, y), AccuracyPredictor(x, y, curve=False)
+    assert (with_curve(x)[0] == without(x)[0]).all() and with_curve.error == without.error
+    assert with_curve.quality == without.quality and len(without.curve) == 1
+    assert with_curve.quality.tau == kendall_tau(with_curve.unseen, y) > 0.8
+
+
+def test_a_line_is_found_among_more_columns_than_samples() -> None:
+    random = np.random.default_rng(0)
+    x = random.standard_normal((30, 40)) * np.linspace(3, 0.01, 40)
+    law = random.standard_normal(40)
+    weights, intercept = ridge(x, 7 + x @ law + 0.1 * random.standard_normal(30))
+    fresh = random.standard_normal((500, 40)) * np.linspace(3, 0.01, 40)
+    assert np.corrcoef(fresh @ weights + intercept, fresh @ law)[0, 1] > 0.7
+    few = ridge(x, np.full(30, 5.0))
+    assert few[1] == pytest.approx(5) and np.abs(few[0]).max() < 1e-9
+
+
+def predictor_with(curve: list[Quality]) -> AccuracyPredictor:
+    found = AccuracyPredictor.__new__(AccuracyPredictor)
+    found.curve, found.quality = curve, curve[-1]
+    return found
+
+
+def test_advice_says_how_many_samples_suffice() -> None:
+    """1 - tau halves where samples grow four times: from 0.3 to 0.2 it takes 2.25 times as many."""
+    rising = predictor_with([Quality(50, 0.4, 1.0), Quality(200, 0.7, 0.5)])
+    assert "tau 0.8 is wanted, score about 450 specs" in rising.advice()
+    assert "wanted" not in predictor_with([Quality(50, 0.4, 1.0), Quality(200, 0.8, 0.5)]).advice()
+    flat = predictor_with([Quality(50, 0.5, 1.0), Quality(200, 0.5, 1.0)]).advice()
+    assert "have not raised it: score 400, or hold out more images" in flat
+    assert "score about 40 specs" in predictor_with([Quality(20, 0.5, 1.0)]).advice()
+
+
+def test_members_that_disagree_ask_for_samples_like_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEPS", (20, 20))
+    random = np.random.default_rng(0)
+    x = np.zeros((60, 20), np.float32)
+    x[:, :10] = random.integers(0, 2, (60, 10))
+    x[:2, 10:] = 1  # few samples say anything of the other columns
+    found = AccuracyPredictor(x, 80 + x @ random.standard_normal(20) + 0.1 * random.standard_normal(60), curve=False)
+    assert found.doubt(x) == ""
+    x[:, 10:] = random.integers(0, 2, (60, 10)) * 3
+    assert "score some subnets like these" in found.doubt(x)
 
 
 def test_noise_asks_for_more_samples_and_few_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from click.testing import CliRunner
 
 from qdeploy.cli import main
 from qdeploy.errors import DeviceError
-from qdeploy.evaluate import Judge
+from qdeploy.evaluate import Judge, RunCopy, packed_images
 from qdeploy.extract import read_spec
 from qdeploy.search import predictor
 from qdeploy.search import run as module
@@ -160,7 +162,7 @@ def test_a_search_under_a_latency_limit_measures_its_front(
 
 def test_subnets_measured_on_this_machine(elastic_run: Path, tmp_path: Path) -> None:
     from qdeploy.data import load
-    from qdeploy.search.measure import Builder, LocalDevice, Measurements
+    from qdeploy.search.measure import Builder, Building, LocalDevice, Measurements, Packed
     from qdeploy.target import load_target
     from qdeploy.train.run import load_run
 
@@ -179,10 +181,20 @@ def test_subnets_measured_on_this_machine(elastic_run: Path, tmp_path: Path) -> 
 
     with pytest.raises(DeviceError, match="vanished"):
         Measurements(path, build, Second(noise=1000.0)).measure(specs, seen.append)
-    held = Measurements(path, build, LocalDevice(noise=1000.0))
+    making = pickle.dumps(Building(RunCopy.of(elastic_run), recipe.name, packed_images(images), target))
+    spread: list[list[str]] = []
+
+    def elsewhere(chunk: Mapping[str, SubnetSpec]) -> Iterator[tuple[str, Packed]]:
+        """What a worker does, pickles included."""
+        spread.append(list(chunk))
+        made = pickle.loads(making)()
+        for key, spec in chunk.items():
+            yield key, pickle.loads(pickle.dumps(made(spec)))
+
+    held = Measurements(path, build, LocalDevice(noise=1000.0), elsewhere)
     assert list(held.rows) == [specs[0].id] and held.rows[specs[0].id] == seen[0]
     held.measure([*specs, specs[0]], seen.append)
-    assert [row["spec_id"] for row in seen] == [spec.id for spec in specs]
+    assert [row["spec_id"] for row in seen] == [spec.id for spec in specs] and spread == [[specs[1].id]]
     for row in seen:
         assert 0 < row["quartiles_ms"][0] <= row["latency_ms"] <= row["quartiles_ms"][1]
         assert row["peak_memory_kib"] * 1024 == row["packed_bytes"] + row["arena_bytes"] + row["code_bytes"]

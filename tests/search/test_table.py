@@ -9,6 +9,7 @@ import pytest
 
 from qdeploy.errors import ModelError
 from qdeploy.profile.database import LatencyDatabase
+from qdeploy.search.device import COVERAGE, LinearModel
 from qdeploy.search.encoding import Encoding
 from qdeploy.search.measure import LocalDevice
 from qdeploy.search.prices import fill
@@ -48,6 +49,25 @@ def test_calls_belong_to_the_block_of_the_layer_before_them() -> None:
     encoding = Encoding(small_space(2))
     names = ["input", "stem", "0.a", "x", "0.b", "x", "1.a", "1.b", "x", "head", "x"]
     assert owners(encoding, [(name, "s") for name in names]) == [-1, -1, 0, 0, 0, 0, 1, 1, 1, -1, -1]
+
+
+def test_error_bars_hold_as_often_as_they_say() -> None:
+    """Relative noise of any kind: what is new lies within bars that were learned from 20 points."""
+    held, widths = [], []
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        features = np.stack([np.ones(60), random.uniform(1, 9, 60), random.integers(20, 60, 60)], 1)
+        noise = random.normal(0, 0.03, 60) if seed % 2 else random.uniform(-0.1, 0.1, 60)
+        y = features @ np.array([1.0, 0.8, 0.01]) * (1 + noise)
+        model = LinearModel(features[:20], y[:20])
+        low, high = model.bounds(features[20:])
+        assert np.all((low < model(features[20:])) & (model(features[20:]) < high))
+        held.append(np.mean((low <= y[20:]) & (y[20:] <= high)))
+        widths.append(np.mean(high / low - 1))
+    assert COVERAGE - 0.02 <= np.mean(held) <= COVERAGE + 0.06 and 0.05 < np.mean(widths) < 0.3
+    wild = LinearModel(np.ones((4, 1)), np.array([1.0, 1.0, 1.0, 900.0]))
+    low, high = wild.bounds(np.ones((2, 1)))
+    assert np.all((low > 0) & (low <= high))
 
 
 def test_a_database_is_filled_once_and_resumes(elastic_run: Path, tmp_path: Path) -> None:
