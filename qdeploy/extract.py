@@ -11,6 +11,7 @@ from qdeploy.data import SPLITS, Dataset, load
 from qdeploy.errors import RecipeError
 from qdeploy.files import read_bytes
 from qdeploy.frozen import FrozenNet, load_frozen
+from qdeploy.quant.differentiable import DifferentiableNet
 from qdeploy.quant.eqnet import EQNet
 from qdeploy.quant.simulated import SimulatedNet
 from qdeploy.quant.supernet import BatchQuantNet
@@ -41,6 +42,11 @@ def choose_spec(
     architecture and activation widths a level of a supernet has, by budget.
     """
     given = [name for name, value in (("bits", bits), ("budget-kib", budget_kib), ("spec", spec)) if value is not None]
+    if isinstance(net, DifferentiableNet):
+        if set(given) - {"spec"} or architecture is not None or nested_with is not None or options:
+            raise RecipeError("the run learned its widths: leave --bits, --budget-kib and their options out")
+        if not given:
+            return net.only
     if len(given) != 1:
         raise RecipeError("choose one of --bits, --budget-kib and --spec" + (f", not {len(given)}" if given else ""))
     if nested_with is not None and budget_kib is None:

@@ -98,11 +98,37 @@ class Node:
 
 @dataclass(frozen=True)
 class WeightBits:
-    """Where a node's weight codes stand on the common grid: width now, width at the top, container width (D1)."""
+    """Where a node's weight codes stand on the common grid: width now, width at the top, container width (D1).
+
+    `channels`: the width of each output channel where they differ; `bits` and `top` are then the greatest. A channel of
+    w bits stands on a grid of its own, multiples of 2^(container - w).
+    """
 
     bits: int
     top: int
     container: int
+    channels: tuple[int, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON value; `channels` is left out where there are none."""
+        whole: dict[str, Any] = {"bits": self.bits, "top": self.top, "container": self.container}
+        return whole if self.channels is None else whole | {"channels": list(self.channels)}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> WeightBits:
+        """Inverse of `to_json`; raises KeyError or TypeError."""
+        channels = row.get("channels")
+        known = {key: row[key] for key in ("bits", "top", "container")}
+        return cls(**known, channels=None if channels is None else tuple(int(width) for width in channels))
+
+    def problems(self, weight: np.ndarray) -> list[str]:
+        """Why `channels` is not that of an int8 weight [O, ...]."""
+        if self.channels is None:
+            return []
+        if len(self.channels) != len(weight) or max(self.channels) != self.bits or min(self.channels) < 0:
+            return [f"channels need {len(weight)} widths, the greatest {self.bits}"]
+        grid = (1 << (self.container - np.array(self.channels))).reshape(-1, *[1] * (weight.ndim - 1))
+        return [] if not (weight % grid).any() else ["a channel's codes are not on the grid of its width"]
 
 
 @dataclass(frozen=True)
@@ -186,6 +212,8 @@ class FrozenNet:
             (e.weight_bits for e in self.spec.layers if e.layer == node.name), None
         ):
             found.append(f"node {node.name}: its weight bits are not those of the spec")
+        elif weight is not None and weight.ndim:
+            found += [f"node {node.name}: {text}" for text in self.weights[node.name].problems(weight)]
         return found
 
     def check(self) -> FrozenNet:
@@ -208,7 +236,7 @@ def save_frozen(net: FrozenNet, folder: Path, force: bool = False) -> None:
         "output": net.output,
         "nodes": [asdict(node) | {"attributes": dict(node.attributes)} for node in net.nodes],
         "activations": [asdict(tensor) for tensor in net.activations.values()],
-        "weights": {name: asdict(bits) for name, bits in net.weights.items()},
+        "weights": {name: bits.to_json() for name, bits in net.weights.items()},
         "files": {"tensors.safetensors": sha256(tensors), "golden.safetensors": sha256(golden)},
         "report": dict(net.report),
     }
@@ -243,7 +271,7 @@ def load_frozen(folder: Path) -> FrozenNet:
             for row in head["activations"]
         }
         nodes = tuple(Node(**(row | {"inputs": tuple(row["inputs"])})) for row in head["nodes"])
-        weights = {name: WeightBits(**row) for name, row in head["weights"].items()}
+        weights = {name: WeightBits.from_json(row) for name, row in head["weights"].items()}
         spec = SubnetSpec.from_json(head["spec"])
         tensors, golden = arrays
         net = FrozenNet(

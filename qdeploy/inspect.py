@@ -20,6 +20,7 @@ from qdeploy.bundle.store import (
     tree_reader,
 )
 from qdeploy.bundle.tables import Manifest, Tensor
+from qdeploy.bundle.validate import packed_weights
 from qdeploy.errors import BundleError, ModelError, QDeployError
 from qdeploy.files import canonical_json, parse_json, read_bytes, sha256
 from qdeploy.frozen import load_frozen
@@ -98,7 +99,8 @@ def bundle_planes(manifest: Manifest, read: ReadPiece) -> list[Description]:
         lowest = min((level.tensors[i].bits for level in manifest.levels if level.tensors[i].bits), default=tensor.bits)
         first = 0
         for part, bound in zip(tensor.parts, bounds, strict=True):
-            row: Description = {"tensor": tensor.name, "weights": area.count, "planes": _span(first, part.bits)}
+            packed = packed_weights(tensor, area.shape, first)
+            row: Description = {"tensor": tensor.name, "weights": packed, "planes": _span(first, part.bits)}
             row |= {"layout": part.layout, "codec": manifest.pieces[part.piece].codec}
             row |= {"bound": bound, "base": first < lowest, "piece": part.piece}
             rows.append(row | {"framing": len(canonical_json([part.bits, part.layout, part.piece, part.start]))})
@@ -134,16 +136,23 @@ def plane_summary(rows: Sequence[Description]) -> list[Description]:
     out = []
     for name, members in (parts | {"all": list(rows)}).items():
         coded, framing, bound = (sum(row[key] for row in members) for key in ("coded", "framing", "bound"))
-        tensors = {row["tensor"]: row["weights"] for row in members}
-        row: Description = {
+        tensors: dict[str, int] = {}
+        for row in members:
+            tensors[row["tensor"]] = max(row["weights"], tensors.get(row["tensor"], 0))
+        line: Description = {
             "planes": name,
             "weights": sum(tensors.values()),
             "coded": round(coded),
             "framing": round(framing),
         }
         over = round(100 * ((coded + framing) / bound - 1), 2) if bound else None
-        out.append(row | {"bound": round(bound), "over": over})
+        out.append(line | {"bound": round(bound), "over": over})
     return out
+
+
+def mean_bits(tensor: Tensor, bits: int) -> float:
+    """Planes a weight at `bits`: a capped channel (all have one size) holds no more than its cap."""
+    return bits if tensor.caps is None else sum(min(bits, cap) for cap in tensor.caps) / len(tensor.caps)
 
 
 def _levels(manifest: Manifest) -> list[Description]:
@@ -152,7 +161,8 @@ def _levels(manifest: Manifest) -> list[Description]:
     rows, have = [], set[int]()
     for level in manifest.levels:
         pieces = pieces_of(manifest, level.name)
-        bits = sum(entry.bits * count for entry, count in zip(level.tensors, weights, strict=True))
+        held = [mean_bits(tensor, entry.bits) for tensor, entry in zip(manifest.tensors, level.tensors, strict=True)]
+        bits = sum(number * count for number, count in zip(held, weights, strict=True))
         rows.append(
             {
                 "level": level.name,
@@ -173,7 +183,7 @@ def _bundle(path: Path) -> Description:
     rows = bundle_planes(manifest, tree_reader(path, manifest))
     bits = [
         {"tensor": tensor.name, "weights": area.count, "top": tensor.bits}
-        | {level.name: level.tensors[i].bits for level in manifest.levels}
+        | {level.name: round(mean_bits(tensor, level.tensors[i].bits), 3) for level in manifest.levels}
         for i, (tensor, area) in enumerate(zip(manifest.tensors, manifest.of_kind("planes"), strict=True))
     ]
     artifacts = [
@@ -247,6 +257,7 @@ def _frozen(path: Path) -> Description:
     layers = [
         {"layer": name, "shape": list(net.tensors[f"{name}.weight"].shape)}
         | {"bits": bits.bits, "top": bits.top, "container": bits.container}
+        | ({} if bits.channels is None else {"mean bits": round(sum(bits.channels) / len(bits.channels), 3)})
         for name, bits in net.weights.items()
     ]
     return {
@@ -318,7 +329,7 @@ def _run(path: Path) -> Description:
     recipe = from_dict(value("recipe.json", "the run's recipe"))
     phases = [
         {"phase": name, "bytes": (path / f"{name}.checkpoint").stat().st_size}
-        for name in ("float", "mixed", "quantized")
+        for name in ("float", "mixed", "uniform", "precision", "quantized")
         if (path / f"{name}.checkpoint").is_file()
     ]
     found: Description = {
@@ -337,6 +348,8 @@ def _run(path: Path) -> Description:
         except (KeyError, TypeError, ValueError) as e:
             raise ModelError(f"{path / 'report.json'} is damaged: run `qdeploy train` on {path} again") from e
         found["accuracy %"] = accuracy
+        if isinstance(report.get("size_kib"), dict):
+            found["size KiB"] = report["size_kib"]
     return found
 
 

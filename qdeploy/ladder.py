@@ -15,7 +15,7 @@ from qdeploy import qdq
 from qdeploy.bundle.tables import FILE_NAME, ITEM_BYTES, Initializer
 from qdeploy.errors import BundleError
 from qdeploy.files import parse_json, read_bytes, sha256
-from qdeploy.nesting import Nested, nest
+from qdeploy.nesting import Nested, capped, nest
 
 SIDECAR_FORMAT = "qdeploy-model/1"
 Echo = Callable[[str], None]
@@ -227,7 +227,7 @@ def _tensors(files: Sequence[_File]) -> tuple[tuple[Initializer, ...], tuple[Nes
             arrays = {file.level.name: np.frombuffer(file.raw(name), dtype).reshape(shape) for file in files}
             nested = nest(name, arrays)
         if nested is not None:
-            tensors.append(nested)
+            tensors.append(capped(nested))
         kind = "planes" if nested is not None else "side" if differs else "fixed"
         initializers.append(Initializer(name, dtype, shape, files[0].ranges[name][0], kind))
     return tuple(initializers), tuple(tensors)

@@ -6,10 +6,11 @@ Decision D1 in numpy: container codes of a level are ((w >> d) << shift) + offse
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from qdeploy.bundle.planes import coded_bytes, split_cheapest
 from qdeploy.bundle.tables import TensorLevel
 from qdeploy.errors import BundleError
 
@@ -18,12 +19,48 @@ CODES = 256
 
 @dataclass(frozen=True)
 class Nested:
-    """`u`: top codes in offset binary, uint8, `bits` bits; `levels`: how a level's container codes come from them."""
+    """`u`: top codes in offset binary, uint8, `bits` bits; `levels`: how a level's container codes come from them.
+
+    `caps`: how many planes of `u` say anything about each channel (axis 0), where that is fewer than all of them.
+    """
 
     name: str
     u: np.ndarray
     bits: int
     levels: Mapping[str, TensorLevel]
+    caps: tuple[int, ...] | None = None
+
+
+def capped(nested: Nested) -> Nested:
+    """`nested` with a cap for each channel whose codes stand on a coarser grid, if that makes the bundle smaller.
+
+    The planes below a cap are 0 in such a channel, so a code follows from the others by the same shift and offset.
+    """
+    rows = nested.u.reshape(len(nested.u), -1)
+    seen = np.bitwise_or.reduce(rows, axis=1).astype(np.int64)
+    middle = 1 << nested.bits >> 1
+    caps = tuple(
+        0 if (row == middle).all() else nested.bits - min(nested.bits - 1, int(bits & -bits).bit_length() - 1)
+        for row, bits in zip(rows, np.where(seen == 0, middle, seen).tolist(), strict=True)
+    )
+    if min(caps) == nested.bits:
+        return nested
+    base = lowest(nested)
+    own = len(str(list(caps))) + len(nested.levels) * len(str([0] * nested.bits))
+    if coded_bytes(split_cheapest(nested.u, nested.bits, base, caps)) + own >= coded_bytes(
+        split_cheapest(nested.u, nested.bits, base)
+    ):
+        return nested
+    levels = {
+        name: TensorLevel(entry.bits, entry.shift, (int(np.max(entry.offset)),) * (nested.bits + 1))
+        for name, entry in nested.levels.items()
+    }
+    return replace(nested, levels=levels, caps=caps)
+
+
+def lowest(nested: Nested) -> int:
+    """Planes of the lowest level that has any."""
+    return min((entry.bits for entry in nested.levels.values() if entry.bits), default=nested.bits)
 
 
 def nest(name: str, codes: Mapping[str, np.ndarray]) -> Nested | None:

@@ -195,7 +195,69 @@ class BatchQuantization:
             )
 
 
-AnyQuantization = Quantization | EQNetQuantization | BatchQuantization
+Scaling = Literal["ste", "ewgs", "pbgs", "acos", "tanh", "invtanh"]
+
+
+@dataclass(frozen=True)
+class DifferentiableQuantization:
+    """What is quantized and how (differentiable mixed precision): widths are learned within two budgets of memory.
+
+    `weight_kib` bounds the weights, `activation_kib` the sum of one image's activations that layers read; the first
+    and the last layer count with 8 bits. Three phases: `uniform_phase` trains with `start_bits` everywhere,
+    `precision_phase` learns the widths under a penalty that grows to `penalty` times the square of each budget's
+    relative excess, and the quantized phase goes on with the widths that were found. Steps and ranges change every
+    `update_steps` steps, at first by `range_rate` octaves. `weight_gradient` and `activation_gradient` scale the
+    gradient through rounding, with `gradient_delta` and `gradient_alpha`. `percentile` is where activation ranges
+    start. `distillation`: "soft" learns from the float network's outputs instead of the labels, "penalty" from both.
+
+    To compare with, `allocation` "uniform" trains the greatest equal widths within the budgets, "mixquant" those that
+    MixQuant picks; they have no `precision_phase`.
+    """
+
+    method: Literal["differentiable"]
+    weight_kib: float
+    activation_kib: float
+    uniform_phase: Schedule
+    precision_phase: Schedule | None = None
+    allocation: Literal["learned", "uniform", "mixquant"] = "learned"
+    start_bits: int = 4
+    penalty: float = 10.0
+    update_steps: int = 20
+    range_rate: float = 0.1
+    weight_gradient: Scaling = "ewgs"
+    activation_gradient: Scaling = "invtanh"
+    gradient_delta: float = 5e-3
+    gradient_alpha: float = 1.8
+    percentile: float = 99.99
+    distillation: Literal["none", "soft", "penalty"] = "none"
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Weight widths to choose from after training, as `Quantization` calls them: none."""
+        return ()
+
+    def __post_init__(self) -> None:
+        _check_widths("start_bits", (self.start_bits,))
+        for key in ("weight_kib", "activation_kib", "penalty", "range_rate"):
+            value = getattr(self, key)
+            if not (math.isfinite(value) and value > 0):
+                raise RecipeError(f"quantization.{key} is {value}: a positive number is needed")
+        if (self.precision_phase is None) == (self.allocation == "learned"):
+            raise RecipeError(
+                'quantization.precision_phase goes with allocation = "learned", and with that alone: it learns widths'
+            )
+        if self.update_steps < 1:
+            raise RecipeError(f"quantization.update_steps is {self.update_steps}: choose 1 or more, for example 20")
+        if not 0 <= self.gradient_delta < 1 or not 0 < abs(self.gradient_alpha) < 2:  # noqa: PLR2004
+            raise RecipeError(
+                "quantization.gradient_delta lies in 0..1, gradient_alpha between -2 and 2 and is not 0 (arctanh of "
+                "half of it must be finite)"
+            )
+        if not 50 < self.percentile <= 100:  # noqa: PLR2004
+            raise RecipeError(f"quantization.percentile is {self.percentile}: give more than 50 and at most 100")
+
+
+AnyQuantization = Quantization | EQNetQuantization | BatchQuantization | DifferentiableQuantization
 
 
 @dataclass(frozen=True)

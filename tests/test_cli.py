@@ -171,7 +171,7 @@ def test_pull_from_nobody(tmp_path: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    refused(call("pull", f"http://127.0.0.1:{port}", "-o", tmp_path / "d"), str(port))
+    refused(call("pull", f"http://127.0.0.1:{port}", "-o", tmp_path / "d", "--unsigned"), str(port))
 
 
 def test_levels_and_images_that_do_not_fit(tmp_path: Path, models: list[Path]) -> None:
@@ -181,8 +181,8 @@ def test_levels_and_images_that_do_not_fit(tmp_path: Path, models: list[Path]) -
     write_bundle(read_ladder(models), [], tmp_path / "tree")
     device = tmp_path / "d"
     with serving(tmp_path / "tree") as url:
-        refused(call("pull", url, "-o", device, "--level", "w9"), "w2", "w4")
-        assert call("pull", url, "-o", device, "--level", "w2").exit_code == 0
+        refused(call("pull", url, "-o", device, "--level", "w9", "--unsigned"), "w2", "w4")
+        assert call("pull", url, "-o", device, "--level", "w2", "--unsigned").exit_code == 0
         refused(call("climb", device, "--to", "w9"), "w2", "w4")
     refused(call("drop", device, "--to", "w4"), "w4")
     np.save(tmp_path / "wrong.npy", np.zeros((2, 1, 3, 3), np.uint8))

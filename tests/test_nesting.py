@@ -3,11 +3,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qdeploy.bundle.planes import container
+from qdeploy.bundle.planes import container, join, split_cheapest
 from qdeploy.bundle.tables import Tensor, TensorLevel
 from qdeploy.bundle.validate import code_range
 from qdeploy.errors import BundleError
-from qdeploy.nesting import Nested, nest
+from qdeploy.nesting import Nested, capped, lowest, nest
 from tests.nets_frozen import container_codes
 
 
@@ -96,3 +96,51 @@ def test_independent_levels_are_refused_with_counts() -> None:
     low[7] += 1
     with pytest.raises(BundleError, match=r"tensor t does not nest: 1 of 1000 weights of level w2 .* at level w4"):
         nest("t", {"w4": top, "w2": low})
+
+
+# ---- channels with fewer planes --------------------------------------------------------------------------------------
+
+
+def with_widths(widths: list[int], top: int, size: int = 400, seed: int = 0) -> np.ndarray:
+    """Container codes of 7 bits [O, size]: channel o has random codes of widths[o] bits on the grid of that width."""
+    random = np.random.default_rng(seed)
+    rows = [random.integers(-(1 << w >> 1), 1 << w >> 1, size) << (7 - w) if w else np.zeros(size) for w in widths]
+    rows[widths.index(top)][:2] = -64, -64 + (1 << (7 - top))  # the whole grid is in use
+    return np.stack(rows).astype(np.int8)
+
+
+def from_planes(nested: Nested, level: str) -> np.ndarray:
+    """A level's codes from the planes alone."""
+    parts = split_cheapest(nested.u, nested.bits, lowest(nested), nested.caps)
+    raw = [(part.bits, part.layout, b"".join(part.segments)) for part in parts]
+    held = nested.levels[level].bits
+    prefix = join(raw[: [0, *np.cumsum([bits for bits, _, _ in raw])].index(held)], nested.u.shape, nested.caps)
+    return container(prefix, nested.levels[level], "int8", nested.caps)
+
+
+@pytest.mark.parametrize("widths", [[2, 5, 3, 5, 0, 1, 4], [6, 2, 2, 2], [3, 0, 0]])
+def test_caps_are_read_off_the_codes(widths: list[int]) -> None:
+    codes = with_widths(widths, max(widths))
+    nested = nest("w", {"top": codes})
+    assert nested is not None
+    found = capped(nested)
+    assert found.caps == tuple(widths) and found.levels["top"].bits == max(widths)
+    assert np.array_equal(from_planes(found, "top"), codes)
+
+
+def test_caps_hold_for_every_level_of_a_truncated_ladder() -> None:
+    top = with_widths([5, 2, 3, 4], 5)
+    levels = {f"w{bits}": ((top.astype(int) >> (7 - bits)) << (7 - bits)).astype(np.int8) for bits in (2, 4, 5)}
+    nested = nest("w", levels)
+    assert nested is not None
+    found = capped(nested)
+    assert found.caps == (5, 2, 3, 4) and [found.levels[name].bits for name in levels] == [2, 4, 5]
+    for name, codes in levels.items():
+        assert np.array_equal(from_planes(found, name), codes)
+
+
+def test_caps_that_save_nothing_are_left_out() -> None:
+    same = nest("w", {"top": with_widths([4, 4], 4)})
+    assert same is not None and capped(same) is same
+    few = nest("w", {"top": with_widths([3, 4, 3, 4], 4, size=4)})  # a list of caps costs more than 8 zeros
+    assert few is not None and capped(few) is few

@@ -51,8 +51,10 @@ def plan(chosen: Sequence[Row], seed: int | None) -> list[Cell]:
     return [(row, number) for number in range(SEEDS) for row in chosen if number < row.seeds]
 
 
-def kind(recipe: dict[str, Any]) -> tuple[Any, ...]:
+def kind(recipe: dict[str, Any], post: dict[str, Any] | None) -> tuple[Any, ...]:
     """What a cell's cost depends on above all: the network, the method, and whether a step trains one subnet."""
+    if post is not None:
+        return recipe["network"]["name"], *sorted(post)
     choice = recipe["quantization"]
     method = choice.get("method", "vertical")
     widths = choice.get("widths" if method == "vertical" else "weight_bits", WIDTHS)
@@ -61,9 +63,9 @@ def kind(recipe: dict[str, Any]) -> tuple[Any, ...]:
 
 def estimate(row: Row, cells: Cells) -> float | None:
     """CPU seconds that a cell of `row` will take: as others of it, or of its kind, have; None if there are none."""
-    own = kind(row.recipe(0, False).to_json())
+    own = kind(row.recipe(0, False).to_json(), row.post)
     same_row = [cell["cpu_seconds"] for (name, _), cell in cells.items() if name == row.name]
-    same_kind = [cell["cpu_seconds"] for cell in cells.values() if kind(cell["recipe"]) == own]
+    same_kind = [cell["cpu_seconds"] for cell in cells.values() if kind(cell["recipe"], cell.get("post")) == own]
     known = same_row or same_kind
     return statistics.fmean(known) if known else None
 

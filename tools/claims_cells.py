@@ -16,23 +16,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import claims_post
 import torch
+from claims_post import ACCURACY, WEIGHT_KIB
 from claims_rows import Row
-from claims_tables import FINITE, GRADIENT, Cells
+from claims_tables import ACTIVATION_KIB, FINITE, GRADIENT, Cells
 
 from qdeploy import __version__
 from qdeploy.data import load
 from qdeploy.errors import DeviceError, DivergenceError, ModelError
 from qdeploy.files import canonical_json, parse_json, read_bytes, sha256, write_atomic
 from qdeploy.quant.calibrate import calibrated
+from qdeploy.quant.differentiable import DifferentiableNet
 from qdeploy.quant.eqnet import EQNet
 from qdeploy.quant.simulated import SimulatedNet
-from qdeploy.recipe import BatchQuantization, EQNetQuantization, Quantization, Recipe, same_recipe
+from qdeploy.recipe import (
+    BatchQuantization,
+    DifferentiableQuantization,
+    EQNetQuantization,
+    Quantization,
+    Recipe,
+    same_recipe,
+)
 from qdeploy.space import SubnetSpec
+from qdeploy.train.checkpoint import load_checkpoint, load_module
 from qdeploy.train.loop import run_phase
-from qdeploy.train.run import accuracy, float_phase, load_run, new_network, train, training_set
+from qdeploy.train.run import accuracy, float_phase, load_run, new_network, top1, train, training_set
 
 KEYS = {"row", "seed", "figures", "float", "recipe", "command", "versions", "cpu_seconds", "full"}
+SIZES = {WEIGHT_KIB: "weights", ACTIVATION_KIB: "activations"}  # figures, and their names in DifferentiableNet
 Echo = Callable[[str], None]
 
 
@@ -64,7 +76,7 @@ def cell_path(folder: Path, name: str, seed: int) -> Path:
 
 def is_cell(value: Any) -> bool:
     """True for what `store_cell` writes, as far as the page needs it."""
-    if not isinstance(value, dict) or set(value) != KEYS or not isinstance(value["figures"], dict):
+    if not isinstance(value, dict) or set(value) - {"post"} != KEYS or not isinstance(value["figures"], dict):
         return False
     numbers = [*value["figures"].values(), value["cpu_seconds"], *([value["float"]] if value["float"] else [])]
     return isinstance(value["recipe"], dict) and all(type(number) in (int, float) for number in numbers)
@@ -84,13 +96,21 @@ def read_cells(folder: Path, names: Iterable[str]) -> Cells:
 
 def current_cells(cells: Cells, rows: dict[str, Row], full: bool) -> tuple[Cells, list[tuple[str, int]]]:
     """The cells that were made by the rows' recipes of today, and those that were not: the stale ones."""
-    good = {key: cell for key, cell in cells.items() if same_recipe(cell["recipe"], rows[key[0]].recipe(key[1], full))}
+    good = {
+        key: cell
+        for key, cell in cells.items()
+        if same_recipe(cell["recipe"], rows[key[0]].recipe(key[1], full)) and cell.get("post") == rows[key[0]].post
+    }
     return good, sorted(set(cells) - set(good))
 
 
 def wanted_figures(row: Row) -> list[str]:
     """Names of what a cell of `row` measures."""
+    if row.post is not None:
+        return list(claims_post.FIGURES)
     choice = row.recipe(0, False).quantization
+    if isinstance(choice, DifferentiableQuantization):
+        return [ACCURACY, *SIZES]
     names = [str(width) for width in row.widths]
     if isinstance(choice, EQNetQuantization):
         kinds = itertools.product(choice.granularity, choice.symmetry)
@@ -179,6 +199,8 @@ def float_checkpoint(row: Row, seed: int, places: Places, echo: Echo) -> Path:
 
 def named_specs(net: SimulatedNet, row: Row) -> dict[str, SubnetSpec]:
     """What is measured of a trained network, by the figure's name."""
+    if isinstance(net, DifferentiableNet):
+        return {ACCURACY: net.only}
     found = {spec.id: spec for spec in row.specs}
     if not isinstance(net, EQNet):
         return {f"{width}": net.uniform(width) for width in row.widths} | found
@@ -187,12 +209,17 @@ def named_specs(net: SimulatedNet, row: Row) -> dict[str, SubnetSpec]:
 
 
 def accuracies(run: Path, row: Row, data_dir: Path | None) -> dict[str, float]:
-    """Top-1 accuracy in per cent on the test images of every spec that a row measures, calibrated for it."""
+    """Top-1 accuracy in per cent on the test images of every spec that a row measures, calibrated for it.
+
+    Of learned widths also their sizes in KiB.
+    """
     recipe, net = load_run(run)
     images, test = training_set(recipe, data_dir).images, load(recipe.data.name, "test", data_dir)
     found: dict[str, float] = {}
     for name, spec in named_specs(net, row).items():
         found[name] = accuracy(net if spec in net.learned_in else calibrated(net, spec, images), spec, test)
+    if isinstance(net, DifferentiableNet):
+        found |= {name: net.size_kib()[part] for name, part in SIZES.items()}
     return {name: round(value, 2) for name, value in found.items()}
 
 
@@ -222,6 +249,18 @@ def train_and_measure(row: Row, seed: int, run: Path, places: Places, echo: Echo
     return {"figures": found, "float": round(trained["float"], 2)}
 
 
+def quantize_and_measure(row: Row, seed: int, places: Places, echo: Echo) -> dict[str, Any]:
+    """Figures of a row with `post`, and its float network's accuracy."""
+    recipe, path = row.recipe(seed, places.full), float_checkpoint(row, seed, places, echo)
+    data, test = training_set(recipe, places.data_dir), load(recipe.data.name, "test", places.data_dir)
+    network = new_network(recipe, data.images.shape[1], data.classes)
+    load_module(network, load_checkpoint(path)[1], "model/", str(path))
+    assert row.post is not None
+    figures = claims_post.measure(network.eval(), row.post, data, test, echo)
+    own = {name: round(value, 2) for name, value in figures.items()}
+    return {"figures": own, "float": round(top1(network, test), 2), "post": row.post}
+
+
 def run_cell(row: Row, seed: int, places: Places, echo: Echo) -> dict[str, Any]:
     """Train one cell to its end, from its last checkpoint on, and measure it."""
     recipe, run = row.recipe(seed, places.full), places.trainings / row.name / str(seed)
@@ -237,7 +276,10 @@ def run_cell(row: Row, seed: int, places: Places, echo: Echo) -> dict[str, Any]:
             clock.store()
 
         try:
-            found = train_and_measure(row, seed, run, places, say)
+            if row.post is None:
+                found = train_and_measure(row, seed, run, places, say)
+            else:
+                found = quantize_and_measure(row, seed, places, say)
         finally:
             seconds = clock.store()
     versions = {"qdeploy": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -46,10 +46,13 @@ def table_lines(table: Table, cells: Cells) -> list[str]:
     return [*text, "", *(f"- {goal.text}: **{judgement(goal, cells)}**" for goal in table.goals), ""]
 
 
-def epochs(recipe: dict[str, Any]) -> str:
+def epochs(recipe: dict[str, Any], post: dict[str, Any] | None) -> str:
     """The epochs of a cell's phases in words."""
-    mixed = recipe["quantization"].get("mixed_phase")
-    parts = [f"{recipe['float_phase']['epochs']} float", *([f"{mixed['epochs']} mixed"] if mixed else [])]
+    if post is not None:
+        return f"{recipe['float_phase']['epochs']} float epochs, then quantized"
+    own = {key: recipe["quantization"].get(f"{key}_phase") for key in ("mixed", "uniform", "precision")}
+    between = [f"{phase['epochs']} {key}" for key, phase in own.items() if phase]
+    parts = [f"{recipe['float_phase']['epochs']} float", *between]
     return " + ".join([*parts, f"{recipe['quantized_phase']['epochs']} quantized epochs"])
 
 
@@ -59,7 +62,7 @@ def cell_line(name: str, seed: int, cell: dict[str, Any]) -> str:
     network = f"{recipe['network']['name']}, width {recipe['network']['width']}"
     images = recipe["data"].get("train_images", "all")
     accuracy = "diverged" if cell["float"] is None else f"{cell['float']:.2f}"
-    training = f"{epochs(recipe)} | {images} | {accuracy} | {cell['cpu_seconds']}"
+    training = f"{epochs(recipe, cell.get('post'))} | {images} | {accuracy} | {cell['cpu_seconds']}"
     return f"| {name} | {seed} | {network} | {training} | `{cell['command']}` |"
 
 

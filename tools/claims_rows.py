@@ -21,10 +21,19 @@ ALONE_SEEDS = 2
 GRANULARITIES, SYMMETRIES = ("tensor", "channel"), ("symmetric", "asymmetric")
 CIFAR_SHAPE = (3, 32, 32)
 THINNEST = 1
+SIZE_3 = {"weight_kib": 28.99, "activation_kib": 9.44}  # of the ResNet-8 with 3 bits, 8 in the first and last layer
+SIZE_2 = {"weight_kib": 19.68, "activation_kib": 7.32}
+SCALINGS = (  # of the gradients through rounding weights, activations
+    *(("ste", "ste"), ("ewgs", "ste"), ("ste", "invtanh"), ("ewgs", "invtanh"), ("ewgs", "ewgs")),
+    *(("pbgs", "pbgs"), ("acos", "acos"), ("tanh", "tanh")),
+)
+POST_WIDTHS = (4, 3)  # uniform widths whose sizes MixQuant's must not exceed
+POST_STEPS = 200  # of block reconstruction, a block
 
 FLOAT = {"epochs": 8, "learning_rate": 0.1, "weight_decay": 5e-4, "nesterov": True}
 QUANTIZED = {"epochs": 5, "learning_rate": 0.01, "weight_decay": 1e-4}
 MOBILE_STAGE = QUANTIZED | {"epochs": 3}
+LAST = QUANTIZED | {"epochs": 1}
 RESNET = {"name": "resnet8", "width": 16, "stem_stride": 2}
 MOBILE = {"name": "mobilenetv3-small", "width": 8, "stem_stride": 2}
 
@@ -34,6 +43,7 @@ class Row:
     """One training: the tables of its recipe, what is measured of it, and how many seeds it is run with.
 
     Top-1 accuracy is measured at the uniform `widths`, of an EQ-Net in every granularity and symmetry, and of `specs`.
+    With `post` nothing but the float phase is trained: claims_post.py quantizes that network as `post` says.
     """
 
     name: str
@@ -45,6 +55,7 @@ class Row:
     data: dict[str, Any] = field(default_factory=lambda: {"name": "cifar-10", "train_images": IMAGES})
     float_phase: dict[str, Any] = field(default_factory=lambda: FLOAT)
     quantized_phase: dict[str, Any] = field(default_factory=lambda: QUANTIZED)
+    post: dict[str, Any] | None = None
 
     def recipe(self, seed: int, full: bool) -> Recipe:
         """The whole recipe of a cell; `full`: of all training images."""
@@ -134,7 +145,38 @@ def rows() -> dict[str, Row]:
     ]
     found += [_eqnet(f"eqnet-lambda-{part}", guidance=part) for part in (0.1, 0.9)]
     found += [_lsq(bits, *kind) for bits in WIDTHS for kind in itertools.product(GRANULARITIES, SYMMETRIES)]
+    found += _differentiable() + post_rows()
     return {row.name: row for row in found}
+
+
+def _differentiable() -> list[Row]:
+    """Widths learned within the size of 3 bits, other ways to share that out, and gradient scalings at 2 bits."""
+
+    def row(name: str, phases: dict[str, int], **choices: Any) -> Row:
+        epochs = {f"{key}_phase": QUANTIZED | {"epochs": number} for key, number in phases.items()}
+        return Row(f"diff-{name}", {"method": "differentiable"} | SIZE_3 | epochs | choices, (), quantized_phase=LAST)
+
+    found = [row("learned", {"uniform": 1, "precision": 2})]
+    found += [row(kind, {"uniform": 3}, allocation=kind) for kind in ("uniform", "mixquant")]
+    for weights, activations in SCALINGS:
+        choices = {"allocation": "uniform", "weight_gradient": weights, "activation_gradient": activations}
+        found.append(row(f"2bit-{weights}-{activations}", {"uniform": 1}, **choices, **SIZE_2))
+    return found
+
+
+def post_rows() -> list[Row]:
+    """Rows that quantize the trained float ResNet-8 without training (claims_post.py)."""
+    methods: dict[str, dict[str, Any]] = {
+        "uniform": {},
+        "brecq": {"reconstruct": POST_STEPS},
+        "mixquant": {"mixquant": True},
+        "mixquant-brecq": {"mixquant": True, "reconstruct": POST_STEPS},
+    }
+    found = []
+    for name, bits in (("uniform", 8), *((name, bits) for bits in POST_WIDTHS for name in methods)):
+        settings = {"weight_bits": bits, "activation_bits": 8}
+        found.append(Row(f"post-{name}{bits}", {}, (), post={"settings": settings} | methods[name]))
+    return found
 
 
 def _one_stage(row: Row) -> Row:

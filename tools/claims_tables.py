@@ -9,9 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from claims_rows import GRANULARITIES, SYMMETRIES, WIDTHS, lsq_name, rows
+from claims_post import ACCURACY, WEIGHT_KIB
+from claims_rows import GRANULARITIES, POST_WIDTHS, SCALINGS, SYMMETRIES, WIDTHS, lsq_name, rows
 
 NOISE = 0.3  # points by which trainings that differ in the seed alone easily differ
+ACTIVATION_KIB = "activation KiB"
 NESTED = 0.5  # points that nesting may cost
 INHERITED = 1.0  # points that a subnet may lose against the same one trained alone
 GRADIENT, FINITE = "gradient norm", "finite"  # figures of a training itself; the second is 0 where it met a NaN
@@ -175,6 +177,52 @@ def _inherited(row: str, title: str) -> Table:
     return Table(title, ("inherited", "trained alone", "difference"), tuple(lines), (goal,))
 
 
+def _differentiable() -> Table:
+    wanted = (ACCURACY, WEIGHT_KIB, ACTIVATION_KIB)
+    labels = {
+        "learned": "learned by gradient",
+        "uniform": "3 bits everywhere",
+        "mixquant": "MixQuant's widths, activations 3 bits",
+    }
+    lines = {key: figures([f"diff-{key}"] * len(wanted), wanted) for key in labels}
+    goals = tuple(
+        Goal(f"learned widths are above {labels[key]}", minus(lines["learned"][:1], lines[key][:1]), NOISE)
+        for key in ("uniform", "mixquant")
+    )
+    shown = tuple((labels[key], line) for key, line in lines.items())
+    return Table("Differentiable mixed precision: widths within one size, all trained as long", wanted, shown, goals)
+
+
+def _scalings() -> Table:
+    lines = {pair: figures([f"diff-2bit-{pair[0]}-{pair[1]}"], [ACCURACY]) for pair in SCALINGS}
+    best, plain = lines["ewgs", "invtanh"], lines["ste", "ste"]
+    goal = Goal("EWGS with inverse tanh is above the straight-through estimator", minus(best, plain), NOISE)
+    shown = tuple((f"weights {pair[0]}, activations {pair[1]}", line) for pair, line in lines.items())
+    return Table("Gradients through rounding, 2/2 bits everywhere", (ACCURACY,), shown, (goal,))
+
+
+def _post() -> Table:
+    wanted = (ACCURACY, WEIGHT_KIB)
+    labels = {
+        "uniform": "uniform",
+        "brecq": "uniform, BRECQ",
+        "mixquant": "MixQuant",
+        "mixquant-brecq": "MixQuant, BRECQ",
+    }
+    names = {"uniform8": "uniform, 8 bits"}
+    names |= {f"{key}{bits}": f"{label}, {bits} bits" for bits in POST_WIDTHS for key, label in labels.items()}
+    lines = {key: figures([f"post-{key}"] * len(wanted), wanted) for key in names}
+    lead = {key: minus(lines["mixquant-brecq3"][:1], lines[key][:1]) for key in ("uniform3", "brecq3", "mixquant3")}
+    goals = (
+        Goal("MixQuant with BRECQ is above uniform 3 bits of the same size", lead["uniform3"], NOISE),
+        Goal("MixQuant with BRECQ is above BRECQ alone at the size of 3 bits", lead["brecq3"], NOISE),
+        Goal("BRECQ gains on MixQuant's widths at the size of 3 bits", lead["mixquant3"], NOISE),
+        Goal("8 bits within 1 point of 4 bits or above", minus(lines["uniform8"][:1], lines["uniform4"][:1]), -1.0),
+    )
+    shown = tuple((label, lines[key]) for key, label in names.items())
+    return Table("Quantized without training, 8-bit activations, MixQuant at most as large", wanted, shown, goals)
+
+
 def tables() -> list[Table]:
     """The claims, in the order of the page."""
     return [
@@ -184,4 +232,7 @@ def tables() -> list[Table]:
         _batchquant(),
         _inherited("batchquant-nested", "Random subnets of the elastic MobileNetV3 with nested weights, by id"),
         _inherited("eqnet", "Random subnets of EQ-Net on ResNet-8, by id"),
+        _differentiable(),
+        _scalings(),
+        _post(),
     ]

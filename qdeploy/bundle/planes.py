@@ -192,8 +192,12 @@ def split_cheapest(u: np.ndarray, bits: int, base: int, caps: Sequence[int] | No
     if base < 2 or any(0 < cap < base for cap in caps or ()):
         return single
     joint = split(u >> np.uint8(bits - base), base, [base], None if caps is None else [min(c, base) for c in caps])
-    apart = sum(cost_of_bits(part.segments) + PART_BYTES for part in single[:base])
-    return joint + single[base:] if cost_of_bits(joint[0].segments) + PART_BYTES <= apart else single
+    return joint + single[base:] if coded_bytes(joint) <= coded_bytes(single[:base]) else single
+
+
+def coded_bytes(parts: Sequence[PackedPart]) -> int:
+    """What parts will cost, about: their coded bytes and the manifest's entries."""
+    return sum(cost_of_bits(part.segments) + PART_BYTES for part in parts)
 
 
 def join(

@@ -160,7 +160,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Release:
-    """The pointer release.json: digest and size of the current manifest, release number, signatures (unused yet)."""
+    """The pointer release.json: digest and size of the current manifest, release number, signatures (see FORMAT.md)."""
 
     sha256: str
     size: int

@@ -27,7 +27,7 @@ from qdeploy.bundle.validate import check
 from qdeploy.errors import BundleError
 from qdeploy.files import new_folder, parse_json, read_bytes, sha256, write_atomic
 from qdeploy.ladder import Ladder
-from qdeploy.nesting import Nested
+from qdeploy.nesting import lowest
 
 PACK_BYTES = 1 << 20  # an object is closed when it has reached this size
 ARTIFACT_FORMAT = "qdeploy-artifact/2"
@@ -105,7 +105,7 @@ def _planes(ladder: Ladder) -> tuple[list[_Coded], list[list[Part]]]:
 
     Planes that are fetched together share pieces, plane by plane.
     """
-    packed = [split_cheapest(tensor.u, tensor.bits, _base(tensor)) for tensor in ladder.tensors]
+    packed = [split_cheapest(tensor.u, tensor.bits, lowest(tensor), tensor.caps) for tensor in ladder.tensors]
     together: dict[tuple[tuple[int, ...], int], list[tuple[int, PackedPart]]] = {}
     for number, (tensor, parts) in enumerate(zip(ladder.tensors, packed, strict=True)):
         held = 0
@@ -123,11 +123,6 @@ def _planes(ladder: Ladder) -> tuple[list[_Coded], list[list[Part]]]:
                 placed[number].append(Part(part.bits, part.layout, len(pieces), start))
             pieces.append(_Coded(("planes", len(pieces)), group, piece.codec, piece.data, piece.raw))
     return pieces, placed
-
-
-def _base(tensor: Nested) -> int:
-    """Planes of the lowest level that has any."""
-    return min((entry.bits for entry in tensor.levels.values() if entry.bits), default=tensor.bits)
 
 
 def _sides(ladder: Ladder) -> list[_Coded]:
@@ -199,8 +194,8 @@ def _lay_out(
     packs, pieces = _pack(coded)
     place = {piece.key: i for i, piece in enumerate(coded)}
     tensors = [
-        Tensor(nested.name, nested.bits, tuple(replace(part, piece=place["planes", part.piece]) for part in row))
-        for nested, row in zip(ladder.tensors, parts, strict=True)
+        Tensor(own.name, own.bits, tuple(replace(part, piece=place["planes", part.piece]) for part in row), own.caps)
+        for own, row in zip(ladder.tensors, parts, strict=True)
     ]
     levels = tuple(
         Level(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def export_onnx(
         "name": net.name,
         "spec": net.spec.to_json(),
         "spec_id": net.spec.id,
-        "weights": {name: asdict(bits) for name, bits in net.weights.items()},
+        "weights": {name: bits.to_json() for name, bits in net.weights.items()},
         "accuracy": net.report.get("accuracy"),
         "parity": measured.to_json(),
         "golden": {

@@ -1,7 +1,7 @@
 """`qdeploy train`: a recipe becomes a RUN folder.
 
-RUN/recipe.json, float.checkpoint, [mixed.checkpoint,] quantized.checkpoint, metrics.jsonl, report.json (accuracy of
-every width on the test images). Each phase resumes from its checkpoint; a finished phase is not run again.
+RUN/recipe.json, float.checkpoint, [those of phases in between,] quantized.checkpoint, metrics.jsonl, report.json
+(accuracy of every width on the test images). Each phase resumes from its checkpoint; a finished phase is not run again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qdeploy.files import canonical_json, parse_json, read_bytes, write_atomic
 from qdeploy.nets import SPACES, build, build_supernet
 from qdeploy.nets.elastic import Supernet
 from qdeploy.quant.calibrate import CALIBRATION_BATCH, calibrated
+from qdeploy.quant.differentiable import DifferentiableNet
 from qdeploy.quant.eqnet import EQNet
 from qdeploy.quant.graph import read_graph
 from qdeploy.quant.network import QuantNet
@@ -28,11 +29,20 @@ from qdeploy.quant.parallel import joined as joined
 from qdeploy.quant.parallel import rank as rank
 from qdeploy.quant.simulated import SimulatedNet
 from qdeploy.quant.supernet import BatchQuantNet
-from qdeploy.recipe import BatchQuantization, EQNetQuantization, Recipe, Schedule, from_dict, same_recipe
+from qdeploy.recipe import (
+    BatchQuantization,
+    DifferentiableQuantization,
+    EQNetQuantization,
+    Recipe,
+    Schedule,
+    from_dict,
+    same_recipe,
+)
 from qdeploy.space import Architecture, SubnetSpec
 from qdeploy.train.batchquant import ElasticFullPrecision, full_precision_teacher
 from qdeploy.train.batchquant import phases as batchquant_phases
 from qdeploy.train.checkpoint import load_checkpoint, load_module
+from qdeploy.train.differentiable import phases as differentiable_phases
 from qdeploy.train.eqnet import GroupProgressive
 from qdeploy.train.full_precision import FullPrecision
 from qdeploy.train.images import as_input, generator
@@ -114,6 +124,8 @@ def new_quantized(recipe: Recipe, network: nn.Module, image_shape: tuple[int, ..
         net = BatchQuantNet(network, graph, recipe.network.name, choice)
     elif isinstance(choice, EQNetQuantization):
         net = EQNet(network, graph, recipe.network.name, choice)
+    elif isinstance(choice, DifferentiableQuantization):
+        net = DifferentiableNet(network, graph, recipe.network.name, choice, image_shape)
     else:
         net = QuantNet(network, graph, recipe.network.name, choice)
     if net.only is not None:
@@ -129,12 +141,14 @@ def float_phase(recipe: Recipe, network: nn.Module) -> Phase:
     return FullPrecision(network, recipe.float_phase)
 
 
-def quantized_phases(recipe: Recipe, net: SimulatedNet, teacher: nn.Module) -> Sequence[Phase]:
-    """The recipe's training of a quantized network; `teacher` is the float one."""
+def quantized_phases(recipe: Recipe, net: SimulatedNet, teacher: nn.Module, images: int) -> Sequence[Phase]:
+    """The recipe's training of a quantized network on so many images; `teacher` is the float one."""
     if isinstance(net, BatchQuantNet):
         return batchquant_phases(net, recipe.quantized_phase, teacher, recipe.seed)
     if isinstance(net, EQNet):
         return [GroupProgressive(net, recipe.quantized_phase, net.choice, recipe.seed)]
+    if isinstance(net, DifferentiableNet):
+        return differentiable_phases(net, recipe.quantized_phase, teacher, images)
     assert isinstance(net, QuantNet)
     return [Vertical(net, recipe.quantized_phase, net.choice)]
 
@@ -162,8 +176,9 @@ def level_accuracy(net: SimulatedNet, spec: SubnetSpec, data: Dataset, test: Dat
 
 def schedules(recipe: Recipe) -> list[Schedule]:
     """Of all phases of a recipe, in order."""
-    mixed = recipe.quantization.mixed_phase if isinstance(recipe.quantization, BatchQuantization) else None
-    return [recipe.float_phase, *([] if mixed is None else [mixed]), recipe.quantized_phase]
+    own = ("mixed_phase", "uniform_phase", "precision_phase")  # of one method or another
+    between = [getattr(recipe.quantization, key, None) for key in own]
+    return [recipe.float_phase, *(phase for phase in between if phase is not None), recipe.quantized_phase]
 
 
 def check_parallel(recipe: Recipe) -> None:
@@ -234,12 +249,15 @@ def train(
     report: dict[str, Any] = {"float": top1(teacher, test)}
     echo(f"float: {report['float']:.2f}% on {len(test.labels)} test images")
     net = new_quantized(recipe, network, test.images.shape[1:])
-    for phase in quantized_phases(recipe, net, teacher):
+    for phase in quantized_phases(recipe, net, teacher, len(data.labels)):
         run_phase(phase, recipe, data, run, echo)
     report["levels"] = {name: level_accuracy(net, spec, data, test) for name, spec in net.levels.items()}
     for name, value in report["levels"].items():
         what = f"{name} bits" if net.only is None else "the one subnet"
         echo(f"{what}: {value:.2f}% on {len(test.labels)} test images (simulation)")
+    if isinstance(net, DifferentiableNet):
+        report["size_kib"] = net.size_kib()
+        echo("KiB: " + ", ".join(f"{name} {value:g}" for name, value in report["size_kib"].items()))
     if rank() == 0:
         write_atomic(run / "report.json", canonical_json(report))
     return report

@@ -14,7 +14,7 @@ from qdeploy.errors import ModelError
 from qdeploy.recipe import BatchQuantization, Quantization
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("claims", "claims_cells", "claims_page", "claims_rows", "claims_tables")
+MODULES = ("claims", "claims_cells", "claims_page", "claims_post", "claims_rows", "claims_tables")
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +25,27 @@ def tool() -> Iterator[SimpleNamespace]:
         import claims
         import claims_cells
         import claims_page
+        import claims_post
         import claims_rows
         import claims_tables
 
         yield SimpleNamespace(
-            claims=claims, cells=claims_cells, page=claims_page, rows=claims_rows, tables=claims_tables
+            claims=claims,
+            cells=claims_cells,
+            page=claims_page,
+            post=claims_post,
+            rows=claims_rows,
+            tables=claims_tables,
         )
     for name in MODULES:
         sys.modules.pop(name)
 
 
 def cell(tool: SimpleNamespace, name: str, seed: int, **figures: float) -> dict[str, Any]:
-    recipe = tool.rows.rows()[name].recipe(seed, False).to_json()
-    rest = {"float": 80.0, "recipe": recipe, "command": "python ...", "versions": {}, "cpu_seconds": 60, "full": False}
+    row = tool.rows.rows()[name]
+    recipe = row.recipe(seed, False).to_json()
+    rest: dict[str, Any] = {} if row.post is None else {"post": row.post}
+    rest |= {"float": 80.0, "recipe": recipe, "command": "python ...", "versions": {}, "cpu_seconds": 60, "full": False}
     return {"row": name, "seed": seed, "figures": figures} | rest
 
 
@@ -126,7 +134,7 @@ def test_rows_of_one_network_share_a_float_phase(tool: SimpleNamespace, tmp_path
     for name, row in tool.rows.rows().items():
         shared.setdefault(tool.cells.float_path(row, 0, places), set()).add(name)
     sizes = sorted(len(names) for names in shared.values())
-    assert sizes == [1] * 6 + [7, 25]  # learned kernels, and five subnets alone, have their own
+    assert sizes == [1] * 6 + [7, 45]  # learned kernels, and five subnets alone, have their own
     assert {"vertical", "eqnet", "eqnet-alone-1", "lsq2"} <= max(shared.values(), key=len)
     row = tool.rows.rows()["vertical"]
     assert tool.cells.float_path(row, 0, places) != tool.cells.float_path(row, 1, places)

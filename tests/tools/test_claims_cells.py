@@ -213,3 +213,18 @@ def test_a_cell_has_one_process_and_its_errors_come_back(tool: SimpleNamespace, 
     with pytest.raises(DataError, match="cifar-10 is not here"):
         make(tool, tmp_path, [(cifar, 0), (row, 0)])
     assert not (tmp_path / "claims").exists()
+
+
+def test_learned_widths_are_measured_with_their_size(
+    tool: SimpleNamespace, tmp_path: Path, few_test_images: Dataset  # noqa: F811
+) -> None:  # fmt: skip
+    choice = {"method": "differentiable", "weight_kib": 0.3, "activation_kib": 1.0, "update_steps": 2}
+    row = tool.rows.Row("d", choice | {"uniform_phase": PHASE, "precision_phase": PHASE}, (), **TINY)
+    places = tool.cells.Places(tmp_path / "claims", tmp_path / "work", None)
+    cell = tool.cells.run_cell(row, 0, places, lambda _: None)
+    assert set(cell["figures"]) == set(tool.cells.wanted_figures(row)) == {"accuracy", "weight KiB", "activation KiB"}
+    assert cell["figures"]["weight KiB"] <= 0.3 and cell["figures"]["activation KiB"] <= 1.0
+    _, net = load_run(tmp_path / "work" / "part" / "d" / "0")
+    assert cell["figures"]["accuracy"] == pytest.approx(accuracy(net, net.only, few_test_images), abs=0.01)
+    line = tool.page.cell_line("d", 0, cell)
+    assert "1 float + 1 uniform + 1 precision + 1 quantized epochs" in line
