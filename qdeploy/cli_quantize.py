@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--std", metavar="S,S,S", help="Each channel is divided by it then."),
         click.option("--resize", is_flag=True, help="Scale pictures by the shorter side and cut out the centre."),
         click.option("--shape", metavar="NAME=1,3,224,224", help="Sizes of the input where the file leaves some open."),
+        click.option("--weights", type=PATH, help="Of a torch MODEL: a state_dict as .safetensors, .pt or .pth."),
         click.option("--settings", type=PATH, help="TOML file with settings, and [[layer]] rules by name."),
-        click.option("--calibration", type=click.Choice(["minmax", "percentile", "mse", "entropy"])),
+        click.option("--calibration", type=click.Choice(["auto", "minmax", "percentile", "mse", "entropy"])),
         click.option("--granularity", type=click.Choice(["channel", "tensor"]), help="Of weight scales."),
         click.option("--symmetry", type=click.Choice(["symmetric", "asymmetric"]), help="Of weights."),
         click.option("--rounding", type=click.Choice(["least-squares", "nearest"]), help="Of weights."),
@@ -60,12 +62,28 @@ def _parts(options: dict[str, Any], weight_bits: int | None) -> tuple[Any, Any, 
     return reading, settings_of(options["settings"], given), shape
 
 
+@contextmanager
+def _source(model: Path, options: dict[str, Any], shape: tuple[str, tuple[int, ...]] | None) -> Iterator[Path]:
+    """The ONNX file of MODEL, which names a torch network or is that file."""
+    if ":" not in str(model) or model.exists():
+        if options["weights"] is not None:
+            raise click.UsageError("--weights belongs to a torch network, package.module:function")
+        yield model
+        return
+    from qdeploy.ptq.torch_source import FACTORY, exported
+
+    if FACTORY.fullmatch(str(model)) is None:
+        raise click.UsageError(f"{model} is no file and no package.module:function")
+    with exported(str(model), options["weights"], shape) as path:
+        yield path
+
+
 def _learning(iterations: int) -> Any:
     """Block reconstruction; loads torch."""
     from qdeploy.ptq.command import Learning
-    from qdeploy.ptq.reconstruct import reconstruct
+    from qdeploy.ptq.reconstruct import reconstruct, reconstruct_ladder
 
-    return Learning(reconstruct, iterations)
+    return Learning(reconstruct, reconstruct_ladder, iterations)
 
 
 @click.command()
@@ -79,7 +97,7 @@ def _learning(iterations: int) -> Any:
 @click.option("--criterion", type=click.Choice(["mse", "relative"]), default="mse", show_default=True)
 @click.option("--reconstruct", "iterations", type=click.IntRange(1), metavar="N",
               help="Learn the rounding block by block, N steps each; resumes.")  # fmt: skip
-@click.option("--ladder", metavar="2,4,8", help="Nested levels of these weight widths; --out is a folder then.")
+@click.option("--ladder", metavar="2,q68,8", help="Nested levels, a width or q and a QEM each; --out is a folder then.")
 @click.option("--nesting", type=click.Choice(["joint", "truncate"]), default="joint", show_default=True,
               help="Codes chosen for all levels together, or for the top alone.")  # fmt: skip
 @click.option("-o", "--out", type=PATH, required=True, help="ONNX file, or folder for the levels of a ladder.")
@@ -89,25 +107,27 @@ def quantize(  # noqa: PLR0913, PLR0917
     model: Path, bits: int | None, qem: float | None, max_kib: float | None, min_accuracy: float | None, criterion: str,
     iterations: int | None, ladder: str | None, nesting: str, out: Path, force: bool, as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
-    """Quantize a trained float32 ONNX MODEL with some images: one QDQ file, or levels that `qdeploy bundle` takes."""
-    from qdeploy.ptq.command import Search, float_lines, lines, parse_widths, quantize_file, quantize_ladder
+    """Quantize a trained float32 MODEL with some images: one QDQ file, or levels that `qdeploy bundle` takes.
+
+    MODEL is an ONNX file, or package.module:function, which returns a torch network.
+    """
+    from qdeploy.ptq.command import Search, float_lines, lines, parse_ladder, quantize_file, quantize_ladder
 
     reading, settings, shape = _parts(options, bits)
     search = Search(qem, max_kib, min_accuracy, criterion)
     if ladder is not None and (search.wanted or bits is not None):
         raise click.UsageError("--ladder gives the widths itself: leave --bits, --mixquant and the bounds out")
-    if ladder is not None and iterations is not None:
-        raise click.UsageError("--reconstruct learns one width: use it without --ladder")
-    if ladder is None:
-        learning = None if iterations is None else _learning(iterations)
-        row = quantize_file(model, options["data"], out, reading, settings, search, shape, force, say, learning)
-        found = [(out, row)]
-    else:
-        widths = parse_widths(ladder)
-        rows = quantize_ladder(
-            model, options["data"], out, reading, settings, widths, nesting, shape, force, say
-        )  # fmt: skip
-        found = [(out / f"w{width}.onnx", row) for width, row in zip(widths, rows, strict=True)]
+    if iterations is not None and nesting != "joint":
+        raise click.UsageError("--reconstruct chooses codes for all levels together: leave --nesting out")
+    learning = None if iterations is None else _learning(iterations)
+    with _source(model, options, shape) as path:
+        if ladder is None:
+            row = quantize_file(path, options["data"], out, reading, settings, search, shape, force, say, learning)
+            found = [(out, row)]
+        else:
+            rows = quantize_ladder(path, options["data"], out, reading, settings, parse_ladder(ladder), nesting,
+                                   criterion, shape, force, say, learning)  # fmt: skip
+            found = [(out / f"{name}.onnx", row) for name, row in rows.items()]
     if as_json:
         click.echo(json.dumps([row for _, row in found]))
         return
@@ -128,7 +148,8 @@ def sensitivity(model: Path, widths: str, out: Path, force: bool, **options: Any
     from qdeploy.ptq.command import parse_widths, sensitivity_folder
 
     reading, settings, shape = _parts(options, None)
-    report = sensitivity_folder(
-        model, options["data"], out, reading, settings, parse_widths(widths), shape, force, say
-    )  # fmt: skip
+    with _source(model, options, shape) as path:
+        report = sensitivity_folder(
+            path, options["data"], out, reading, settings, parse_widths(widths), shape, force, say
+        )  # fmt: skip
     click.echo("\n".join(report))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from qdeploy.ptq import mixquant
 from qdeploy.ptq.graph import FloatGraph
 from qdeploy.ptq.images import Reading, load_calibration
 from qdeploy.ptq.prepare import prepare
-from qdeploy.ptq.quantize import Calibrated, build, build_ladder, calibrate, check_ladder, effect, ladder_widths
+from qdeploy.ptq.quantize import Calibrated, build, build_ladder, calibrate, effect, ladder_widths
 from qdeploy.ptq.sensitivity import measure, page
 from qdeploy.ptq.settings import MAX_BITS, MIN_BITS, Settings, load_settings
 from qdeploy.qdq import graph_digest
@@ -43,10 +44,20 @@ class Search:
 
 @dataclass(frozen=True)
 class Learning:
-    """Block reconstruction (reconstruct.reconstruct, which loads torch) with so many steps a block."""
+    """Block reconstruction (of reconstruct.py, which loads torch) of one width or a ladder, so many steps a block."""
 
     run: Callable[[Calibrated, Mapping[str, int] | None, int, Path, Echo], bytes]
+    ladder: Callable[[Calibrated, Mapping[str, Mapping[str, int]], int, Path, Echo], dict[str, bytes]]
     iterations: int
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A level that a ladder is asked for: `bits` for all layers, or MixQuant's widths at the multiplier `qem`."""
+
+    name: str
+    bits: int = MAX_BITS
+    qem: float | None = None
 
 
 def settings_of(path: Path | None, given: Mapping[str, Any]) -> Settings:
@@ -96,23 +107,55 @@ def quantize_file(
     return sidecar
 
 
-def quantize_ladder(
-    model: Path, data: str, out: Path, reading: Reading, settings: Settings, ladder: Sequence[int], nesting: str,
-    shape: tuple[str, tuple[int, ...]] | None, force: bool, echo: Echo,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Write a folder with one QDQ ONNX file a level, wB.onnx, and their sidecars; returns these."""
-    check_ladder(ladder)
+def quantize_ladder(  # noqa: PLR0913, PLR0917
+    model: Path, data: str, out: Path, reading: Reading, settings: Settings, ladder: Sequence[Rung], nesting: str,
+    criterion: str, shape: tuple[str, tuple[int, ...]] | None, force: bool, echo: Echo,
+    learning: Learning | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Write a folder with one QDQ ONNX file a level, NAME.onnx, and their sidecars; returns these by name.
+
+    With `learning`, finished blocks are kept in OUT.blocks until all are learned.
+    """
     check_free(out, force)
     calibrated, labels = open_calibrated(model, data, reading, settings, shape, echo)
-    widths, files = ladder_widths(calibrated, ladder), build_ladder(calibrated, ladder, nesting, echo)
-    sidecars = []
+    widths, kept = ladder_levels(calibrated, ladder, criterion), Path(f"{out}.blocks")
+    if learning is None:
+        files = build_ladder(calibrated, widths, nesting, echo)
+    else:
+        files = learning.ladder(calibrated, widths, learning.iterations, kept, echo)
+    tops = {name: max(level[name] for level in widths.values()) for name in calibrated.layers}
+    sidecars = {}
     with new_folder(out, force) as folder:
-        for bits, built in files.items():
-            sidecar = describe(calibrated, built, model, widths[bits], widths[max(ladder)], labels)
-            write_atomic(folder / f"w{bits}.onnx", built)
-            write_atomic(folder / f"w{bits}.onnx.json", canonical_json(sidecar))
-            sidecars.append(sidecar)
+        for name, built in files.items():
+            sidecar = describe(calibrated, built, model, widths[name], tops, labels)
+            if learning is not None:
+                sidecar["reconstruction"] = {"iterations": learning.iterations}
+            write_atomic(folder / f"{name}.onnx", built)
+            write_atomic(folder / f"{name}.onnx.json", canonical_json(sidecar))
+            sidecars[name] = sidecar
+    if learning is not None:
+        shutil.rmtree(kept)
     return sidecars
+
+
+def ladder_levels(calibrated: Calibrated, ladder: Sequence[Rung], criterion: str) -> dict[str, dict[str, int]]:
+    """{level: {layer: weight bits}}, fewest bits first; raises RecipeError when two levels are the same."""
+    table: dict[str, np.ndarray] = {}
+    if any(rung.qem is not None for rung in ladder):
+        weights = {layer.name: calibrated.weight(layer) for layer in calibrated.placement.layers}
+        table = mixquant.error_table(weights, criterion)
+    found: dict[str, dict[str, int]] = {}
+    for rung in ladder:
+        widths = ladder_widths(calibrated, rung.bits if rung.qem is None else mixquant.choose(table, rung.qem))
+        same = next((name for name, other in found.items() if other == widths), None)
+        if same is not None:
+            raise RecipeError(
+                f"levels {same} and {rung.name} are the same, each layer has one width in both: leave one out, or give "
+                "--first-last same where only the first and the last layer have weights"
+            )
+        found[rung.name] = widths
+    sizes = calibrated.sizes()
+    return dict(sorted(found.items(), key=lambda level: mixquant.size_bits(level[1], sizes)))
 
 
 def describe(
@@ -218,3 +261,21 @@ def parse_widths(text: str) -> list[int]:
     if not all(part.strip().isdecimal() and MIN_BITS <= int(part) <= MAX_BITS for part in parts):
         raise RecipeError(f"{text!r} is no list of widths from {MIN_BITS} to {MAX_BITS}: write for instance 2,4,8")
     return sorted({int(part) for part in parts})
+
+
+def parse_ladder(text: str) -> list[Rung]:
+    """ "2,4,q68" -> levels w2, w4 and q68 (MixQuant with QEM 68), at least two; raises RecipeError."""
+    rungs = []
+    for part in dict.fromkeys(part.strip() for part in text.split(",")):
+        if part.isdecimal() and MIN_BITS <= int(part) <= MAX_BITS:
+            rungs.append(Rung(f"w{part}", int(part)))
+        elif re.fullmatch(r"q\d+(\.\d+)?", part) and float(part[1:]) >= 1:
+            rungs.append(Rung(part, qem=float(part[1:])))
+        else:
+            raise RecipeError(
+                f"{part!r} of --ladder {text} is no level: give widths from {MIN_BITS} to {MAX_BITS}, or q and a QEM "
+                "of at least 1, for instance 2,4,8 or q280,q68,8"
+            )
+    if len(rungs) < 2:  # noqa: PLR2004
+        raise RecipeError(f"--ladder {text} has one level: give at least two, for instance 2,4,8")
+    return rungs

@@ -3,6 +3,11 @@
 AdaRound (Nagel et al. 2020): a weight is s (floor(w / s) + h(v)) with the rectified sigmoid h in [0, 1]; a regularizer
 drives h to 0 or 1. BRECQ (Li et al. 2021) learns all layers of a block together, with the steps of its activations
 (LSQ, Esser et al. 2020), so that the block's output is close to the float network's.
+
+The levels of a ladder share one top code a weight, so they are learned together, coarse to fine: in the first turn h
+chooses between the two prefixes of the lowest level around the weight, in the next between two prefixes of the second
+level below the prefix that was chosen, and so on. The loss of a turn is that of its level and all above it, which the
+choice reaches too.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from qdeploy.ptq.blocks import Block
 from qdeploy.ptq.layers import Layer, spatial_pads
 from qdeploy.ptq.place import MOVES
 from qdeploy.ptq.ranges import Grid
-from qdeploy.ptq.weights import Quantized
+from qdeploy.ptq.weights import Level, Quantized
 from qdeploy.qdq import attributes
 
 GAMMA, ZETA = -0.1, 1.1  # the sigmoid is stretched to these and cut to [0, 1]
@@ -34,23 +39,27 @@ RATE, TRAVEL = 1e-3, 15.0  # learning rate of v; with few iterations so much ove
 MAX_RATE = 0.1
 STEP_RATE = 0.2  # rates of steps and biases, as parts of that of v
 STEP_RANGE = (log(0.25), log(1.5))  # how far a step of activations may move
+LEVEL_POWER = 0.5  # squared errors of levels are divided by this power of those at the start
 
 Key = tuple[str, int]  # owner of an activation, width
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A block to learn. `start`: weights to begin with, whose codes lie in `bounds`, and `weights` the float ones, by
-    layer. `grids` by owner and width; those in `learned` may move. `owners`: quantized activation -> owner. `widths`:
-    the width of each activation's quantizer; `reads`: that at which a layer reads its input. The block's input is
-    quantized already.
+    """A block to learn at one level, or at all levels of a ladder together, lowest first.
+
+    `start`: by layer, the weights of each level to begin with; `forms`: how each level's codes come from the top codes,
+    which lie in `bounds`; `weights`: the float ones. `grids` by owner and width; those in `learned` may move, alike at
+    all levels. `owners`: quantized activation -> owner. `widths`: the width of each activation's quantizer; `reads`:
+    that at which a layer reads its input. The block's input is quantized already.
     """
 
     block: Block
     layers: Mapping[str, Layer]
     arrays: Mapping[str, np.ndarray]
     weights: Mapping[str, np.ndarray]
-    start: Mapping[str, Quantized]
+    start: Mapping[str, Sequence[Quantized]]
+    forms: Mapping[str, Sequence[Level]]
     bounds: Mapping[str, tuple[int, int]]
     grids: Mapping[Key, Grid]
     learned: frozenset[Key]
@@ -58,15 +67,22 @@ class Problem:
     widths: Mapping[str, int]
     reads: Mapping[str, int]
 
+    @property
+    def levels(self) -> int:
+        """How many levels there are."""
+        return len(next(iter(self.start.values())))
+
 
 @dataclass(frozen=True)
 class Solution:
-    """Weights and grids of a block; its relative root-mean-square output error before and after learning."""
+    """Weights at each level and grids of a block; its relative root-mean-square output error at each level before and
+    after learning.
+    """
 
-    weights: dict[str, Quantized]
+    weights: dict[str, list[Quantized]]
     grids: dict[Key, Grid]
-    before: float
-    after: float
+    before: list[float]
+    after: list[float]
 
 
 class _Quantize(torch.autograd.Function):
@@ -88,52 +104,88 @@ class _Quantize(torch.autograd.Function):
         return gradients[0] * inside, (gradients[0] * slope).sum(), None, None, None
 
 
-class _Rounded:
-    """A layer's weights: base codes and the variable v that moves each by 0 to 1."""
+def top_codes(start: Sequence[Quantized], forms: Sequence[Level]) -> np.ndarray:
+    """int64: the top codes that a layer's levels are made of."""
+    best = int(np.argmax([form.bits for form in forms]))
+    found: np.ndarray = (start[best].codes.astype(np.int64) - forms[best].offset) >> forms[best].shift
+    return found
 
-    def __init__(self, layer: Layer, weight: np.ndarray, start: Quantized, bounds: tuple[int, int]) -> None:
-        form = [-1 if i == layer.axis and start.scale.ndim else 1 for i in range(weight.ndim)]
-        self.scale = torch.from_numpy(start.scale.reshape(form if start.scale.ndim else ()).astype(np.float32))
-        self.zero = torch.from_numpy(start.zero_point.reshape(form if start.scale.ndim else ()).astype(np.float32))
-        self.lo, self.hi = bounds
-        exact = torch.from_numpy(np.ascontiguousarray(weight)) / self.scale + self.zero
-        codes = torch.from_numpy(start.codes.astype(np.float32))
-        below = torch.floor(exact)
-        self.base = torch.where(codes < below, codes, torch.where(codes > below + 1, codes - 1, below))
-        self.base = torch.where(self.base >= self.hi, self.hi - 1.0, self.base).clamp_min(self.lo)
-        up = codes - self.base  # halfway between the real weight and the code to begin with, on the code's side
-        part = (up + (exact - self.base).clamp(0.02, 0.98)) / 2
-        part = (part - GAMMA) / (ZETA - GAMMA)
+
+def other_codes(
+    tops: np.ndarray, exact: np.ndarray, forms: Sequence[Level], turn: int, bounds: tuple[int, int]
+) -> np.ndarray:
+    """int64: the second candidate of each top code in a turn, the code itself where there is none.
+
+    Its prefix at level `turn` is the neighbour on the side of the real weight `exact` (in container codes of that
+    level), below the prefix of the level before; its later bits are the nearest to the weight.
+    """
+    form, below = forms[turn], (forms[turn - 1].bits if turn else 0)
+    cut = form.top - form.bits
+    prefix, (lo, hi) = tops >> cut, (end >> cut for end in bounds)
+    if turn:
+        parent = tops >> (form.top - below)
+        lo = np.maximum(lo, parent << (form.bits - below))
+        hi = np.minimum(hi, ((parent + 1) << (form.bits - below)) - 1)
+    ideal = (exact - form.offset) / (1 << form.shift)
+    side = np.where(ideal >= prefix, 1, -1)
+    side = np.where((prefix + side > hi) | (prefix + side < lo), -side, side)
+    other = prefix + side
+    allowed = (other >= lo) & (other <= hi)
+    near = np.rint(ideal * (1 << cut) + ((1 << cut) - 1) / 2).astype(np.int64)
+    found = np.clip(near, np.maximum(other << cut, bounds[0]), np.minimum(((other + 1) << cut) - 1, bounds[1]))
+    return np.where(allowed, found, tops)
+
+
+class _Rounded:
+    """A layer's weights in one turn: top codes, their second candidates, and the variable v that moves to these."""
+
+    def __init__(self, problem: Problem, name: str, tops: np.ndarray, turn: int) -> None:
+        layer, start, forms = problem.layers[name], problem.start[name], problem.forms[name]
+        weight, form = problem.weights[name], [1] * problem.weights[name].ndim
+        form[layer.axis] = -1
+        scales = [one.scale.reshape(form if one.scale.ndim else ()).astype(np.float64) for one in start]
+        zeros = [one.zero_point.reshape(form if one.scale.ndim else ()).astype(np.float64) for one in start]
+        exact = weight / scales[turn] + zeros[turn]
+        self.tops, self.others = tops, other_codes(tops, exact, forms, turn, problem.bounds[name])
+        self.here, self.move = [], []
+        for level, scale, zero in zip(forms, scales, zeros, strict=True):
+            ends = [(level.codes(codes) - zero) * scale for codes in (self.tops, self.others)]
+            self.here.append(torch.from_numpy(ends[0].astype(np.float32)))
+            self.move.append(torch.from_numpy((ends[1] - ends[0]).astype(np.float32)))
+        codes = [forms[turn].codes(codes) for codes in (self.tops, self.others)]
+        moved = np.where(codes[1] == codes[0], 1, codes[1] - codes[0])
+        part = np.clip((exact - codes[0]) / moved, 0.02, 0.98) / 2  # halfway between the code and the real weight
+        part = torch.from_numpy(((part - GAMMA) / (ZETA - GAMMA)).astype(np.float32))
         self.v = torch.log(part / (1 - part)).requires_grad_()
 
-    def up(self) -> Tensor:
-        """h(v)."""
-        return torch.clamp(torch.sigmoid(self.v) * (ZETA - GAMMA) + GAMMA, 0, 1)
+    def up(self, hard: bool) -> Tensor:
+        """h(v), or what it is rounded to in the end."""
+        soft = torch.clamp(torch.sigmoid(self.v) * (ZETA - GAMMA) + GAMMA, 0, 1)
+        return (soft >= 0.5).float() if hard else soft  # noqa: PLR2004
 
-    def values(self, up: Tensor) -> Tensor:
-        """Real weights for moves `up`."""
-        return (self.base + up - self.zero) * self.scale
+    def values(self, level: int, up: Tensor) -> Tensor:
+        """Real weights at a level for moves `up`."""
+        return self.here[level] + up * self.move[level]
 
     def codes(self) -> np.ndarray:
-        """int8 codes as they are rounded in the end."""
-        hard = (self.base + (self.up() >= 0.5)).clamp(self.lo, self.hi)  # noqa: PLR2004
-        return np.asarray(hard.detach().numpy().astype(np.int8))
+        """int64 top codes as they are rounded in the end."""
+        return np.where(self.up(hard=True).detach().numpy() > 0, self.others, self.tops)
 
 
 class _Network:
-    """The block with its parameters, run on batches."""
+    """The block with its parameters, run on batches at any level."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.rounded = {
-            name: _Rounded(problem.layers[name], problem.weights[name], start, problem.bounds[name])
-            for name, start in problem.start.items()
-        }
-        self.biases = {
-            name: torch.from_numpy(start.bias.copy()).requires_grad_()
-            for name, start in problem.start.items()
-            if start.bias is not None
-        }
+        self.tops = {name: top_codes(start, problem.forms[name]) for name, start in problem.start.items()}
+        self.biases = [
+            {
+                name: torch.from_numpy(bias.copy()).requires_grad_()
+                for name, start in problem.start.items()
+                if (bias := start[level].bias) is not None
+            }
+            for level in range(problem.levels)
+        ]
         self.steps = {key: torch.zeros((), requires_grad=key in problem.learned) for key in problem.grids}
         self.adds = {layer.adds: name for name, layer in problem.layers.items() if layer.adds}
         self.arrays = {
@@ -142,6 +194,29 @@ class _Network:
             for name in node.input
             if name in problem.arrays
         }
+        self.begin(0)
+
+    def begin(self, turn: int) -> None:
+        """Make the variables of a turn."""
+        self.rounded = {name: _Rounded(self.problem, name, tops, turn) for name, tops in self.tops.items()}
+
+    def undecided(self) -> bool:
+        """True when some weight has two candidates in this turn."""
+        return any((rounded.others != rounded.tops).any() for rounded in self.rounded.values())
+
+    def snapshot(self) -> tuple[dict[str, np.ndarray], list[Tensor]]:
+        """Codes, and what learning changes beside them."""
+        return dict(self.tops), [parameter.detach().clone() for parameter in self._parameters()]
+
+    def restore(self, kept: tuple[dict[str, np.ndarray], list[Tensor]]) -> None:
+        """Inverse of snapshot()."""
+        self.tops = dict(kept[0])
+        with torch.no_grad():
+            for parameter, old in zip(self._parameters(), kept[1], strict=True):
+                parameter.copy_(old)
+
+    def _parameters(self) -> list[Tensor]:
+        return [*self.steps.values(), *(bias for level in self.biases for bias in level.values())]
 
     def quantize(self, x: Tensor, key: Key) -> Tensor:
         """x rounded by the grid of `key`."""
@@ -150,7 +225,7 @@ class _Network:
         found: Tensor = _Quantize.apply(x, step, grid.zero_point, grid.lo, grid.hi)
         return found
 
-    def __call__(self, x: Tensor, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> Tensor:
+    def run(self, x: Tensor, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor]) -> Tensor:
         """The block's output for inputs x [n, ...] that are quantized already."""
         problem, values = self.problem, {self.problem.block.input: x}
         for node in problem.block.nodes:
@@ -179,53 +254,65 @@ class _Network:
             return values[name]
         return self.quantize(values[name], (self.problem.owners[name], bits))
 
-    def forward(self, x: Tensor, hard: bool) -> Tensor:
-        """The block with soft weights, or with weights as they are rounded in the end."""
-        weights = {}
-        for name, rounded in self.rounded.items():
-            up = rounded.up()
-            weights[name] = rounded.values((up >= 0.5).float() if hard else up)  # noqa: PLR2004
-        return self(x, weights, self.biases)
+    def forward(self, level: int, x: Tensor, hard: bool) -> Tensor:
+        """The block at a level with soft weights, or with weights as they are rounded in the end."""
+        weights = {name: rounded.values(level, rounded.up(hard)) for name, rounded in self.rounded.items()}
+        return self.run(x, weights, self.biases[level])
 
 
-def learn_block(problem: Problem, x: np.ndarray, y: np.ndarray, iterations: int, seed: int) -> Solution:
-    """Learn from the block's quantized inputs `x` and float outputs `y`, float32 [n, ...].
+def learn_block(problem: Problem, x: Sequence[np.ndarray], y: np.ndarray, iterations: int, seed: int) -> Solution:
+    """Learn from each level's quantized inputs `x` of the block and its float outputs `y`, float32 [n, ...].
 
-    One thread, seeded: equal input gives equal results. What learning does not improve on all of x stays as it was.
+    A ladder's turns have `iterations` each. One thread, seeded: equal input gives equal results. A turn that does not
+    lower the levels' errors on all of x, weighed as in the loss, is undone.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         network = _Network(problem)
-        inputs, targets = torch.from_numpy(x), torch.from_numpy(y)
-        before = _error(network, inputs, targets)
-        _optimize(network, inputs, targets, iterations, seed)
-        after = _error(network, inputs, targets)
+        inputs, target = [torch.from_numpy(one) for one in x], torch.from_numpy(y)
+        before = after = _errors(network, inputs, target)
+        counts = (np.maximum(before[0], 1e-12) / np.maximum(before, 1e-12)) ** (2 * LEVEL_POWER)
+        best = network.snapshot()
+        for turn in range(problem.levels):
+            network.begin(turn)
+            if turn and not network.undecided():
+                continue
+            _optimize(network, inputs, target, counts, turn, iterations, seed)
+            found = _errors(network, inputs, target)
+            network.tops = {name: rounded.codes() for name, rounded in network.rounded.items()}
+            if counts @ found**2 < counts @ after**2:
+                best, after = network.snapshot(), found
+            else:
+                network.restore(best)
     finally:
         torch.set_num_threads(threads)
-    if not after < before:
-        kept = {key: problem.grids[key] for key in problem.learned}
-        return Solution(dict(problem.start), kept, before, before)
-    weights = {
-        name: replace(
-            start,
-            codes=network.rounded[name].codes(),
-            bias=None if start.bias is None else network.biases[name].detach().numpy().copy(),
-        )
-        for name, start in problem.start.items()
-    }
+    return _solution(network, before, after)
+
+
+def _solution(network: _Network, before: np.ndarray, after: np.ndarray) -> Solution:
+    """What the network has learned, as codes and grids."""
+    problem, weights = network.problem, dict[str, list[Quantized]]()
+    for name, start in problem.start.items():
+        weights[name] = []
+        for level, (one, form) in enumerate(zip(start, problem.forms[name], strict=True)):
+            bias = None if one.bias is None else network.biases[level][name].detach().numpy().copy()
+            codes = form.codes(network.tops[name]).astype(np.int8)
+            weights[name].append(replace(one, codes=codes, bias=bias))
     grids = {}
     for key in problem.learned:
         factor = float(network.steps[key].detach().clamp(*STEP_RANGE).exp())
         grids[key] = replace(problem.grids[key], scale=np.float32(float(problem.grids[key].scale) * factor))
-    return Solution(weights, grids, before, after)
+    return Solution(weights, grids, before.tolist(), after.tolist())
 
 
-def _optimize(network: _Network, x: Tensor, y: Tensor, iterations: int, seed: int) -> None:
-    """Adam on v, biases and steps; the regularizer's temperature falls after the warm-up."""
+def _optimize(  # noqa: PLR0913, PLR0917
+    network: _Network, x: Sequence[Tensor], y: Tensor, counts: np.ndarray, turn: int, iterations: int, seed: int
+) -> None:
+    """Adam on v, biases and, in the first turn, steps; the regularizer's temperature falls after the warm-up."""
     rate = min(MAX_RATE, max(RATE, TRAVEL / iterations))
-    steps = [step for step in network.steps.values() if step.requires_grad]
-    biases = list(network.biases.values())
+    steps = [step for step in network.steps.values() if step.requires_grad and turn == 0]
+    biases = [bias for level in network.biases[turn:] for bias in level.values()]
     optimizer = torch.optim.Adam(
         [
             {"params": [rounded.v for rounded in network.rounded.values()], "lr": rate},
@@ -235,30 +322,33 @@ def _optimize(network: _Network, x: Tensor, y: Tensor, iterations: int, seed: in
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     power = max(float(y.pow(2).mean()), 1e-12)
     generator = torch.Generator().manual_seed(seed)
+    channels = y.shape[1] if y.dim() > 1 else 1
     for i in range(iterations):
-        picked = torch.randperm(len(x), generator=generator)[:BATCH]
-        error = (network.forward(x[picked], hard=False) - y[picked]).pow(2).mean() / power
-        channels = y.shape[1] if y.dim() > 1 else 1
-        loss = error * channels
+        picked = torch.randperm(len(y), generator=generator)[:BATCH]
         part = (i / iterations - WARM_UP) / (1 - WARM_UP)
+        optimizer.zero_grad()
+        for level in range(turn, len(x)):  # one level's graph at a time is held
+            error = (network.forward(level, x[level][picked], hard=False) - y[picked]).pow(2).mean() / power
+            (error * channels * float(counts[level])).backward()
         if part >= 0:
             heat = COLD + (HOT - COLD) * (1 - part)
-            terms = [1 - (2 * rounded.up() - 1).abs().pow(heat) for rounded in network.rounded.values()]
-            loss = loss + REGULARIZER * torch.stack([term.sum() for term in terms]).sum()
-        optimizer.zero_grad()
-        loss.backward()
+            terms = [1 - (2 * rounded.up(hard=False) - 1).abs().pow(heat) for rounded in network.rounded.values()]
+            (REGULARIZER * torch.stack([term.sum() for term in terms]).sum()).backward()
         optimizer.step()
         schedule.step()
 
 
-def _error(network: _Network, x: Tensor, y: Tensor) -> float:
-    """Relative root-mean-square error of the block's output as it is rounded in the end."""
-    total = 0.0
+def _errors(network: _Network, x: Sequence[Tensor], y: Tensor) -> np.ndarray:
+    """float64 [levels]: relative root-mean-square errors of the block's output as it is rounded in the end."""
+    power, found = max(float(y.double().pow(2).sum()), 1e-30), []
     with torch.no_grad():
-        for start in range(0, len(x), BATCH):
-            found = network.forward(x[start : start + BATCH], hard=True)
-            total += float((found - y[start : start + BATCH]).double().pow(2).sum())
-    return (total / max(float(y.double().pow(2).sum()), 1e-30)) ** 0.5
+        for level, inputs in enumerate(x):
+            total = 0.0
+            for start in range(0, len(y), BATCH):
+                out = network.forward(level, inputs[start : start + BATCH], hard=True)
+                total += float((out - y[start : start + BATCH]).double().pow(2).sum())
+            found.append((total / power) ** 0.5)
+    return np.array(found)
 
 
 # Operators -----------------------------------------------------------------------------------------------------------

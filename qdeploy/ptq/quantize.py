@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from qdeploy.ptq.place import Placement, place
 from qdeploy.ptq.ranges import Grid as ActivationGrid
 from qdeploy.ptq.ranges import find_grid
 from qdeploy.ptq.rounding import least_squares, level_weights, refit_scale
-from qdeploy.ptq.settings import Choice, Settings
+from qdeploy.ptq.settings import MAX_BITS, Choice, Settings
 from qdeploy.ptq.streams import balance
 from qdeploy.ptq.weights import Grid, Level, Quantized, fit_grid, ladder_levels, nearest
 from qdeploy.qdq import parse_model
@@ -26,9 +27,11 @@ MIN_IMAGES = 2
 NESTINGS = ("joint", "truncate")
 JOINT_POWER = 0.25  # how errors of a ladder's levels are weighed (rounding.level_weights)
 BIAS_LIMIT = 1 << 30  # of an int32 bias: a weight scale is at least so large that its bias fits
+AUTO_METHODS = ("mse", "minmax", "percentile")  # what calibration "auto" tries
 OUTPUT_METHOD = "minmax"  # of the network's output: the largest logit decides
 
 Widths = Mapping[str, int]
+Name = TypeVar("Name")  # of a level
 Echo = Callable[[str], None]
 
 
@@ -77,13 +80,30 @@ def calibrate(graph: FloatGraph, images: np.ndarray, settings: Settings, echo: E
     if all_layers:
         choices = settings.choices(all_layers)
         placement = place(graph, frozenset(name for name in all_layers if not choices[name].quantize))
+        left = [layer.name for layer in placement.layers]  # a rule for layers in float has done its work
+        settings = replace(settings, rules=tuple(rule for rule in settings.rules if any(map(rule.fits, left))))
     if not placement.layers:
         reasons = "; ".join(dict.fromkeys(f"{op}: {why}" for op, _, why in placement.floats))
         raise ModelError(f"nothing of the model can be quantized ({reasons or 'it has no layer with stored weights'})")
     say(f"{len(placement.layers)} layers to quantize; observing {len(images)} images")
     solving = settings.rounding == "least-squares"
     seen = observe(graph, sorted(set(placement.owners.values())), placement.layers, images, solving)
-    return Calibrated(graph, placement, seen, settings, images)
+    found = Calibrated(graph, placement, seen, settings, images)
+    if settings.calibration == "auto":
+        method = best_calibration(found)
+        say(f"calibration {method}")
+        found = replace(found, settings=replace(settings, calibration=method))
+    return found
+
+
+def best_calibration(calibrated: Calibrated) -> str:
+    """The method among AUTO_METHODS of least output error on all calibration images, tried with 8-bit weights."""
+    errors, eight = {}, dict.fromkeys(calibrated.layers, MAX_BITS)
+    for method in AUTO_METHODS:
+        settings = replace(calibrated.settings, calibration=method, rounding="nearest")
+        trial = replace(calibrated, settings=settings, done={})
+        errors[method] = effect(trial, build(trial, eight)).error
+    return min(errors, key=errors.__getitem__)
 
 
 def check_images(images: np.ndarray, shape: tuple[int, ...]) -> None:
@@ -120,54 +140,61 @@ def layer_at(calibrated: Calibrated, layer: Layer, bits: int) -> Quantized:
     return layer_weights(calibrated, layer, replace(choice, weight_bits=bits))
 
 
-def ladder_widths(calibrated: Calibrated, ladder: Sequence[int]) -> dict[int, dict[str, int]]:
-    """{level: {layer: weight bits}}. A rule's width bounds its layers' from above; with first_last "8" the first and
-    the last have 8 bits at every level. Raises RecipeError for widths that make no ladder.
+def ladder_widths(calibrated: Calibrated, widths: Widths | int) -> dict[str, int]:
+    """{layer: weight bits} of a level of a ladder that asks for `widths`, one for all layers or one for each.
+
+    A rule's width bounds its layers' from above; with first_last "8" the first and the last have 8 bits at every level.
     """
-    check_ladder(ladder)
     settings, layers = calibrated.settings, calibrated.layers
-    choices = replace(settings, weight_bits=max(ladder)).choices(layers)
+    greatest = replace(settings, weight_bits=MAX_BITS).choices(layers)
     edges = {layers[0], layers[-1]} if settings.first_last == "8" else set()
     found = {}
-    for bits in ladder:
-        greatest = {name: choices[name].weight_bits for name in layers}
-        found[bits] = {name: top if name in edges else min(bits, top) for name, top in greatest.items()}
+    for name in layers:
+        bits = widths if isinstance(widths, int) else widths[name]
+        found[name] = greatest[name].weight_bits if name in edges else min(bits, greatest[name].weight_bits)
     return found
 
 
 def build_ladder(
-    calibrated: Calibrated, ladder: Sequence[int], nesting: str = "joint", echo: Echo | None = None
-) -> dict[int, bytes]:
-    """{level: QDQ ONNX file} whose weight codes nest; graphs, activations and file lengths are the same.
+    calibrated: Calibrated, levels: Mapping[Name, Widths], nesting: str = "joint", echo: Echo | None = None
+) -> dict[Name, bytes]:
+    """{level: QDQ ONNX file} for {level: {layer: weight bits}} (see ladder_widths): weight codes nest; graphs,
+    activations and file lengths are the same.
 
     `nesting` "joint" chooses each top code for all levels together, "truncate" for the top alone. Raises RecipeError
-    for widths that make no ladder, or asymmetric weights.
+    for asymmetric weights.
     """
-    say = echo or (lambda text: None)
-    widths = ladder_widths(calibrated, ladder)
-    if nesting not in NESTINGS:
-        raise RecipeError(f"nesting {nesting!r} is unknown: choose from {', '.join(NESTINGS)}")
-    choices = replace(calibrated.settings, weight_bits=max(ladder)).choices(calibrated.layers)
+    choices, weights = ladder_choices(calibrated, levels), ladder_weights(calibrated, levels, nesting, echo)
+    grids = activation_grids(calibrated, choices)
+    return {level: insert(calibrated.graph, calibrated.placement, choices, grids, weights[level]) for level in levels}
+
+
+def ladder_choices(calibrated: Calibrated, levels: Mapping[Any, Widths]) -> dict[str, Choice]:
+    """Every layer's choice at its greatest width; raises RecipeError for asymmetric weights."""
+    settings = calibrated.settings
+    tops = {name: max(widths[name] for widths in levels.values()) for name in calibrated.layers}
+    choices = settings.choices(calibrated.layers, tops)
     if any(choice.symmetry != "symmetric" for choice in choices.values()):
         raise RecipeError("levels nest around 0: a ladder takes symmetric weights")
-    levels: dict[int, dict[str, Quantized]] = {bits: {} for bits in ladder}
+    return choices
+
+
+def ladder_weights(
+    calibrated: Calibrated, levels: Mapping[Name, Widths], nesting: str, echo: Echo | None = None
+) -> dict[Name, dict[str, Quantized]]:
+    """{level: {layer: weights}}, which nest, rounded layer by layer."""
+    say = echo or (lambda text: None)
+    if nesting not in NESTINGS:
+        raise RecipeError(f"nesting {nesting!r} is unknown: choose from {', '.join(NESTINGS)}")
+    choices = ladder_choices(calibrated, levels)
+    weights: dict[Name, dict[str, Quantized]] = {level: {} for level in levels}
     for layer in calibrated.placement.layers:
-        own = tuple(sorted({widths[bits][layer.name] for bits in ladder}))
+        own = tuple(sorted({widths[layer.name] for widths in levels.values()}))
         found = _weights(calibrated, layer, own, choices[layer.name], nesting)
-        for bits in ladder:
-            levels[bits][layer.name] = found[widths[bits][layer.name]]
+        for level, widths in levels.items():
+            weights[level][layer.name] = found[widths[layer.name]]
         say(f"{layer.name}: {', '.join(map(str, own))} bits")
-    grids = activation_grids(calibrated, choices)
-    return {bits: insert(calibrated.graph, calibrated.placement, choices, grids, levels[bits]) for bits in ladder}
-
-
-def check_ladder(ladder: Sequence[int]) -> None:
-    """Raise RecipeError unless the widths ascend within 2 to 8 and are at least two."""
-    if len(ladder) < 2 or list(ladder) != sorted(set(ladder)) or ladder[0] < 2 or ladder[-1] > 8:  # noqa: PLR2004
-        given = ",".join(map(str, ladder))
-        raise RecipeError(
-            f"the ladder {given} is not at least two ascending widths from 2 to 8: write for instance 2,4,8"
-        )
+    return weights
 
 
 def activation_grids(calibrated: Calibrated, choices: Mapping[str, Choice]) -> dict[tuple[str, int], ActivationGrid]:

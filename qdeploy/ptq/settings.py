@@ -14,7 +14,7 @@ from qdeploy.files import read_bytes
 
 MIN_BITS, MAX_BITS = 2, 8
 CHOICES: dict[str, tuple[str, ...]] = {
-    "calibration": ("minmax", "percentile", "mse", "entropy"),
+    "calibration": ("minmax", "percentile", "mse", "entropy", "auto"),
     "granularity": ("channel", "tensor"),
     "symmetry": ("symmetric", "asymmetric"),
     "activation_symmetry": ("asymmetric", "symmetric"),
@@ -42,12 +42,17 @@ class Rule:
     match: str
     values: Mapping[str, Any]
 
+    def fits(self, layer: str) -> bool:
+        """True for the name of a layer that the rule is about."""
+        return fnmatchcase(layer, self.match)
+
 
 @dataclass(frozen=True)
 class Settings:
     """How a network is quantized.
 
-    calibration: how the range of an activation is found (ranges.py), `percentile` for that method alone. granularity,
+    calibration: how the range of an activation is found (ranges.py), `percentile` for that method alone; "auto" takes
+    the method of least output error on the calibration images. granularity,
     symmetry: of weights. activation_symmetry: asymmetric is uint8, symmetric int8 with zero point 0. rounding: of
     weights, to the nearest code or by layer-wise least squares (rounding.py). first_last: width of the first and the
     last layer, "8", "same" as the others or "float". equalize: even ranges out between layers by exact rescaling
@@ -60,7 +65,7 @@ class Settings:
     granularity: str = "channel"
     symmetry: str = "symmetric"
     activation_symmetry: str = "asymmetric"
-    calibration: str = "mse"
+    calibration: str = "auto"
     percentile: float = 99.99
     rounding: str = "least-squares"
     first_last: str = "8"
@@ -86,7 +91,7 @@ class Settings:
             edge = replace(found[name], weight_bits=8, activation_bits=8)
             found[name] = edge if self.first_last == "8" else replace(edge, quantize=False)
         for rule in self.rules:
-            fitting = [name for name in layers if fnmatchcase(name, rule.match)]
+            fitting = [name for name in layers if rule.fits(name)]
             if not fitting:
                 raise RecipeError(f"the rule for {rule.match!r} fits no layer: the layers are {', '.join(layers)}")
             found |= {name: replace(found[name], **rule.values) for name in fitting}

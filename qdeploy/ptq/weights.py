@@ -91,6 +91,12 @@ def values(level: Level, w: np.ndarray, grid: Grid) -> np.ndarray:
     return real
 
 
+def bounds(top: int, count: int, symmetry: str) -> tuple[int, int]:
+    """The least and the greatest top code of `top` bits of `count` levels: symmetric 8 bits alone leave -128 out."""
+    high = (1 << (top - 1)) - 1
+    return (-high if symmetry == "symmetric" and count == 1 and top == FULL else -high - 1), high
+
+
 def fit_grid(
     matrix: np.ndarray, levels: Sequence[Level], granularity: str, symmetry: str, importance: np.ndarray,
     level_weights: np.ndarray,
@@ -101,12 +107,10 @@ def fit_grid(
     8-bit width alone covers the whole range.
     """
     top, unit = levels[-1].top, 1 << (levels[-1].shift)
+    lo, hi = bounds(top, len(levels), symmetry)
     if symmetry == "asymmetric":
-        lo, hi = -(1 << (top - 1)), (1 << (top - 1)) - 1
         low, high = np.minimum(matrix.min(1), 0), np.maximum(matrix.max(1), 0)
     else:
-        hi = (1 << (top - 1)) - 1
-        lo = -hi if len(levels) == 1 and top == FULL else -hi - 1
         high = np.abs(matrix).max(1)
         low = -high
     if granularity == "tensor":

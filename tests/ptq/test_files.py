@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +16,7 @@ from onnx import helper, numpy_helper
 from qdeploy.cli import main
 from qdeploy.errors import DataError, ModelError, RecipeError
 from qdeploy.ladder import read_ladder
-from qdeploy.ptq.command import parse_widths
+from qdeploy.ptq.command import parse_ladder, parse_widths
 from qdeploy.ptq.images import Reading, load_calibration, parse_numbers
 from qdeploy.ptq.prepare import parse_shape, prepare
 from qdeploy.ptq.settings import Settings, load_settings
@@ -242,7 +244,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(folder: Path) -> None:
     model, data, out = folder / "net.onnx", folder / "data", folder / "out.onnx"
     refused(call("quantize", model, "--data", folder / "none", "-o", out), "no folder")
     refused(call("quantize", model, "--data", data, "--images", 1, "-o", out), "too few")
-    refused(call("quantize", model, "--data", data, "--ladder", "2,x", "-o", out), "list of widths")
+    refused(call("quantize", model, "--data", data, "--ladder", "2,x", "-o", out), "'x' of --ladder 2,x is no level")
     refused(call("quantize", model, "--data", data, "--ladder", "2,4", "--bits", 4, "-o", out), "--ladder")
     refused(call("quantize", folder / "absent.onnx", "--data", data, "-o", out), "cannot read")
     assert not out.exists() and not Path(f"{out}.json").exists()
@@ -287,7 +289,141 @@ def test_reconstruction_resumes_and_leaves_no_folder(folder: Path, monkeypatch: 
     assert "done before" in result.stderr and "block 2 of 3" in result.stderr
     assert not (folder / "out.onnx.blocks").exists() and count == 4
     assert json.loads((folder / "out.onnx.json").read_text())["reconstruction"] == {"iterations": 3}
-    ladder = call(
-        "quantize", model, "--data", folder / "data", "--ladder", "2,4", "--reconstruct", 3, "-o", folder / "l"
+
+
+def test_a_reconstructed_ladder_with_mixquant_levels_nests_and_resumes(folder: Path) -> None:
+    out = folder / "levels"
+    arguments = (
+        "quantize",
+        folder / "net.onnx",
+        "--data",
+        folder / "data",
+        "--ladder",
+        "8,q280,2",
+        "-o",
+        out,
+        "--json",
     )
-    assert ladder.exit_code == 2 and "without --ladder" in ladder.stderr
+    result = call(*arguments, "--reconstruct", 2)
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert [row["average_bits"] for row in rows] == sorted(row["average_bits"] for row in rows)
+    assert all(row["reconstruction"] == {"iterations": 2} for row in rows) and not (folder / "levels.blocks").exists()
+    widths = {row["bits"] for row in json.loads((out / "q280.onnx.json").read_text())["weights"].values()}
+    assert len(widths) > 1
+    ladder = read_ladder([out / f"{name}.onnx" for name in ("w2", "q280", "w8")])
+    assert [level.name for level in ladder.levels] == ["w2", "q280", "w8"]
+    refused(call(*arguments, "--force", "--nesting", "truncate", "--reconstruct", 2), "leave --nesting out")
+
+
+def test_ladders_are_parsed_and_levels_differ(folder: Path) -> None:
+    rungs = parse_ladder("2, q68,q1.5,8")
+    assert [(rung.name, rung.bits, rung.qem) for rung in rungs] == [
+        ("w2", 2, None), ("q68", 8, 68.0), ("q1.5", 8, 1.5), ("w8", 8, None),
+    ]  # fmt: skip
+    for text, expected in {"4": "one level", "4,4": "one level", "1,4": "'1'", "4,9": "'9'", "q0.5,4": "'q0.5'",
+                           "4,": "''", "q,4": "'q'"}.items():  # fmt: skip
+        with pytest.raises(RecipeError, match=expected):
+            parse_ladder(text)
+    out = folder / "levels"
+    arguments = ("quantize", folder / "net.onnx", "--data", folder / "data", "--ladder", "8,q1", "-o", out)
+    refused(call(*arguments), "w8 and q1 are the same")
+    assert not out.exists()
+
+
+# Torch networks ------------------------------------------------------------------------------------------------------
+
+NETWORKS = """
+import torch
+from torch import nn
+
+class Doubling(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, 10))
+
+def doubling():
+    return nn.Sequential(Doubling(), small())
+
+def number():
+    return 3
+
+def failing(argument):
+    return argument
+"""
+
+
+@pytest.fixture
+def networks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder is the working one and holds a module of networks."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "torch_networks", raising=False)
+    (folder / "torch_networks.py").write_text(NETWORKS)
+    return folder
+
+
+def test_a_torch_network_is_quantized_with_weights_of_a_file(networks: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from qdeploy.ptq.torch_source import make_network
+
+    torch.manual_seed(3)
+    state = {name: torch.rand_like(value) if value.is_floating_point() else value
+             for name, value in make_network("torch_networks:small").state_dict().items()}  # fmt: skip
+    save_file(state, networks / "w.safetensors")
+    torch.save({"epoch": 3, "state_dict": state}, networks / "w.pt")
+    base = ("quantize", "torch_networks:small", "--data", networks / "data", "--shape", "image=1,3,16,16", "-o")
+    for name, more in {
+        "own": (),
+        "tensors": ("--weights", "w.safetensors"),
+        "checkpoint": ("--weights", "w.pt"),
+    }.items():
+        result = call(*base, networks / f"{name}.onnx", *more)
+        assert result.exit_code == 0, result.stderr
+    built = {name: (networks / f"{name}.onnx").read_bytes() for name in ("own", "tensors", "checkpoint")}
+    assert built["tensors"] == built["checkpoint"] != built["own"]
+    assert onnx.load_from_string(built["own"]).graph.input[0].name == "image"
+    assert json.loads((networks / "own.onnx.json").read_text())["name"] == "small"
+
+
+def test_torch_networks_that_cannot_be_taken_say_why(networks: Path) -> None:
+    import pickle
+
+    import torch
+
+    rest = ("--data", networks / "data", "-o", networks / "x.onnx")
+    shape = ("--shape", "image=1,3,16,16")
+    refused(call("quantize", "torch_networks:small", *rest), "give --shape")
+    refused(call("quantize", "torch_networks:small", *rest, "--shape", "image=1,4,16,16"), "cannot be exported")
+    refused(call("quantize", "torch_networks:absent", *rest, *shape), "cannot be imported")
+    refused(call("quantize", "no_such_module:small", *rest, *shape), "cannot be imported")
+    refused(call("quantize", "torch_networks:number", *rest, *shape), "returned a int")
+    refused(call("quantize", "torch_networks:failing", *rest, *shape), "takes no arguments")
+    refused(call("quantize", "torch_networks:doubling", *rest, *shape), "other things for other inputs")
+    marker = networks / "ran"
+    with (networks / "evil.pt").open("wb") as file:
+        pickle.dump(Evil(str(marker)), file)
+    torch.save({"0.weight": torch.zeros(8, 3, 3, 3)}, networks / "less.pt")
+    (networks / "cut.safetensors").write_bytes(b"\x08")
+    for name, text in {"evil.pt": "more than tensors", "less.pt": "lack 0.bias", "cut.safetensors": "damaged",
+                       "absent.pt": "no such file"}.items():  # fmt: skip
+        refused(call("quantize", "torch_networks:small", *rest, *shape, "--weights", name), text)
+    assert not marker.exists() and not (networks / "x.onnx").exists()
+    result = call("quantize", networks / "net.onnx", *rest, "--weights", "less.pt")
+    assert result.exit_code == 2 and "belongs to a torch network" in result.stderr
+
+
+class Evil:
+    """Pickled, it makes a file when it is loaded."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path(self.path),)

@@ -14,7 +14,7 @@ from qdeploy.errors import DataError, ModelError, RecipeError
 from qdeploy.ladder import read_ladder
 from qdeploy.ptq.graph import outputs_of
 from qdeploy.ptq.prepare import prepare
-from qdeploy.ptq.quantize import Calibrated, build, build_ladder, calibrate, compare, effect
+from qdeploy.ptq.quantize import Calibrated, build, build_ladder, calibrate, compare, effect, ladder_widths
 from qdeploy.ptq.settings import Rule, Settings
 from qdeploy.qdq import arrays, canonical_bytes, parse_model
 from tests.compile.models import read_difference
@@ -107,6 +107,15 @@ def test_rules_and_the_policy_for_first_and_last(tmp_path: Path) -> None:
     assert first not in left.layers and [name for _, name, _ in left.placement.floats] == [first, last]
 
 
+def test_a_rule_that_leaves_its_layers_in_float_stands_beside_others(tmp_path: Path) -> None:
+    first, second, third, *_ = calibrated("residual", tmp_path).layers
+    rules = (Rule(second, {"quantize": False}), Rule(third, {"weight_bits": 3}))
+    found = calibrated("residual", tmp_path, Settings(rules=rules))
+    assert second not in found.layers and [name for _, name, _ in found.placement.floats] == [second]
+    model = parse_model(build(found))
+    assert len(np.unique(arrays(model)[f"{third}.weight"])) <= 8 and f"{second}.weight" not in arrays(model)
+
+
 def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     one, two = (build(calibrated("swish", tmp_path, Settings(weight_bits=4))) for _ in range(2))
     assert one == two
@@ -115,10 +124,14 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
 # Ladders -------------------------------------------------------------------------------------------------------------
 
 
+def levels_of(found: Calibrated, ladder: tuple[int, ...], nesting: str = "joint") -> dict[int, bytes]:
+    return build_ladder(found, {bits: ladder_widths(found, bits) for bits in ladder}, nesting)
+
+
 @pytest.mark.parametrize("ladder", [(2, 4, 8), (2, 3, 4), (4, 5, 6, 7, 8)], ids=str)
 def test_levels_nest_and_bundle(ladder: tuple[int, ...], tmp_path: Path) -> None:
     found = calibrated("residual", tmp_path)
-    levels = build_ladder(found, ladder)
+    levels = levels_of(found, ladder)
     paths = [tmp_path / f"w{bits}.onnx" for bits in ladder]
     for path, data in zip(paths, levels.values(), strict=True):
         path.write_bytes(data)
@@ -137,7 +150,7 @@ def test_levels_nest_and_bundle(ladder: tuple[int, ...], tmp_path: Path) -> None
 
 def test_a_joint_ladder_beats_a_truncated_one_where_bits_are_few(tmp_path: Path) -> None:
     found = calibrated("residual", tmp_path)
-    joint, truncated = (build_ladder(found, (2, 4, 8), nesting) for nesting in ("joint", "truncate"))
+    joint, truncated = (levels_of(found, (2, 4, 8), nesting) for nesting in ("joint", "truncate"))
     assert effect(found, joint[2]).error < effect(found, truncated[2]).error
     alone = build(replace(found, settings=Settings(weight_bits=2)))
     assert effect(found, joint[2]).error < 1.3 * effect(found, alone).error
@@ -147,20 +160,14 @@ def test_a_rule_bounds_its_layer_at_every_level(tmp_path: Path) -> None:
     found = calibrated("residual", tmp_path)
     name = found.layers[1]
     found = replace(found, settings=Settings(rules=(Rule(name, {"weight_bits": 4}),)))
-    levels = build_ladder(found, (2, 4, 8))
+    levels = levels_of(found, (2, 4, 8))
     codes = {bits: arrays(parse_model(data))[f"{name}.weight"] for bits, data in levels.items()}
     assert np.array_equal(codes[4], codes[8]) and not np.array_equal(codes[2], codes[4])
 
 
-@pytest.mark.parametrize("ladder", [(4,), (4, 2), (2, 2, 4), (1, 4), (4, 9)], ids=str)
-def test_what_is_no_ladder_is_refused(ladder: tuple[int, ...], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="ascending widths"):
-        build_ladder(calibrated("residual", tmp_path), ladder)
-
-
 def test_asymmetric_weights_make_no_ladder(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="symmetric"):
-        build_ladder(calibrated("residual", tmp_path, Settings(symmetry="asymmetric")), (2, 4))
+        levels_of(calibrated("residual", tmp_path, Settings(symmetry="asymmetric")), (2, 4))
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
@@ -203,19 +210,9 @@ def test_a_taken_name_is_refused(tmp_path: Path) -> None:
     net = FloatNet()
     x = net.conv("x", 3, 4)
     net.nodes.append(helper.make_node("Relu", [x], ["x.scale"], "relu"))
-    found = calibrate(prepare(saved(net.model(net.head("x.scale", 4)), tmp_path)), inputs((1, 3, 16, 16)), Settings())
+    graph = prepare(saved(net.model(net.head("x.scale", 4)), tmp_path))
     with pytest.raises(ModelError, match=r"x\.scale"):
-        build(found)
-
-
-def test_dead_channels_keep_their_bias(tmp_path: Path) -> None:
-    net = FloatNet()
-    x = net.conv("x", 3, 8)
-    net.arrays["p0"][3] = 0
-    net.arrays["p0"][5] *= 1e-12
-    net.arrays["p1"][3:6] = 4.0
-    found = calibrate(prepare(saved(net.model(net.head(x, 8)), tmp_path)), inputs((1, 3, 16, 16)), Settings())
-    assert effect(found, build(found)).error < 0.03
+        build(calibrate(graph, inputs((1, 3, 16, 16)), Settings()))
 
 
 def test_compare_counts_classes_and_labels() -> None:

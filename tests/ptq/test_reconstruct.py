@@ -11,15 +11,27 @@ import pytest
 import torch
 
 from qdeploy.errors import DataError
+from qdeploy.ladder import read_ladder
 from qdeploy.ptq.blocks import between, find_blocks, outputs_of_block
 from qdeploy.ptq.graph import outputs_of
-from qdeploy.ptq.insert import insert
+from qdeploy.ptq.learn import other_codes
 from qdeploy.ptq.place import place
 from qdeploy.ptq.prepare import prepare
-from qdeploy.ptq.quantize import Calibrated, activation_grids, build, calibrate, compare, effect, layer_weights
-from qdeploy.ptq.reconstruct import reconstruct
+from qdeploy.ptq.quantize import (
+    Calibrated,
+    activation_grids,
+    build,
+    build_ladder,
+    calibrate,
+    compare,
+    effect,
+    ladder_widths,
+    layer_weights,
+)
+from qdeploy.ptq.reconstruct import reconstruct, reconstruct_ladder
 from qdeploy.ptq.settings import Rule, Settings
 from qdeploy.ptq.streams import balance, find_streams
+from qdeploy.ptq.weights import ladder_levels
 from qdeploy.qdq import arrays, parse_model
 from tests.compile.models import read_difference
 from tests.ptq.nets import NETWORKS, FloatNet, inputs, residual, saved
@@ -139,8 +151,9 @@ def test_the_learner_computes_what_the_file_does(name: str, narrow: int, tmp_pat
     choices = found.settings.choices(found.layers)
     layers = {layer.name: layer for layer in found.placement.layers}
     weights = {key: layer_weights(found, layer, choices[key]) for key, layer in layers.items()}
-    state = _State(weights, activation_grids(found, choices))
-    model = parse_model(insert(found.graph, found.placement, choices, state.grids, state.weights))
+    forms = {key: ladder_levels((choice.weight_bits,)) for key, choice in choices.items()}
+    state = _State(found, choices, [weights], forms, activation_grids(found, choices), 1, tmp_path)
+    model = parse_model(state.model(0))
     compared = 0
     for block in find_blocks(found.graph, found.placement)[1:]:
         assert unlearnable(block, layers) is None
@@ -150,9 +163,9 @@ def test_the_learner_computes_what_the_file_does(name: str, narrow: int, tmp_pat
         for value in {f"{block.input}.values", end} - {o.name for o in model.graph.output}:
             both.graph.output.append(onnx.helper.make_tensor_value_info(value, onnx.TensorProto.FLOAT, None))
         x, y = (outputs_of(both, found.images, value) for value in (f"{block.input}.values", end))
-        network = _Network(_problem(found, block, choices, state))
+        network = _Network(_problem(state, block))
         with torch.no_grad():
-            got = network.forward(torch.from_numpy(x), hard=True).numpy()
+            got = network.forward(0, torch.from_numpy(x), hard=True).numpy()
         assert compare(y, got).error < 0.03  # ONNX Runtime's integer pools round a code apart now and then
         compared += 1
     assert compared >= 2
@@ -173,6 +186,47 @@ def test_learning_lowers_the_error_and_is_never_worse(tmp_path: Path) -> None:
     assert not any(op.kind == "float" for op in graph.ops) and difference.worst <= 1.01
     weight = arrays(parse_model(built))[f"{found.layers[1]}.weight"]
     assert len(np.unique(weight)) <= 4
+
+
+def test_a_learned_ladder_nests_and_is_better(tmp_path: Path) -> None:
+    found = calibrated("residual", tmp_path, Settings(first_last="same"))
+    levels = {f"w{bits}": ladder_widths(found, bits) for bits in (2, 3, 4)}
+    said: list[str] = []
+    learned = reconstruct_ladder(found, levels, 60, tmp_path / "kept", said.append)
+    plain = build_ladder(found, levels)
+    errors = [(effect(found, learned[name]).error, effect(found, plain[name]).error) for name in levels]
+    assert all(a < 1.03 * b for a, b in errors) and sum(a / b for a, b in errors) < 2.9
+    assert sum("->" in line for line in said) == 3
+    paths = [tmp_path / f"{name}.onnx" for name in levels]
+    for path, data in zip(paths, learned.values(), strict=True):
+        path.write_bytes(data)
+    warned: list[str] = []
+    read = read_ladder(paths, warned.append)
+    assert not warned and {tensor.bits for tensor in read.tensors} == {4}
+    assert (
+        reconstruct_ladder(found, dict(reversed(levels.items())), 60, tmp_path / "kept") == learned
+    )  # from the folder
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_second_candidates_share_the_prefix_that_is_decided(turn: int) -> None:
+    random = np.random.default_rng(turn)
+    forms = ladder_levels((2, 4, 8))
+    tops = random.integers(-128, 128, 5000)
+    exact = forms[turn].codes(tops) + random.normal(0, 20, 5000)
+    others = other_codes(tops, exact, forms, turn, (-128, 127))
+    prefix, other = (codes >> (8 - forms[turn].bits) for codes in (tops, others))
+    assert others.min() >= -128 and others.max() <= 127 and np.all(np.abs(prefix - other) == 1)
+    if turn:
+        assert np.array_equal(others >> 6, tops >> 6)
+    nearest = np.abs(forms[2].codes(others) - exact) <= np.abs(forms[2].codes(others ^ 1) - exact) + 2
+    assert np.mean(nearest) > 0.5
+
+
+def test_a_single_code_below_its_prefix_has_no_second_candidate() -> None:
+    forms = [*ladder_levels((2, 4))[:1] * 2, ladder_levels((2, 4))[1]]
+    tops = np.arange(-8, 8)
+    assert np.array_equal(other_codes(tops, tops * 8.0, forms, 1, (-8, 7)), tops)
 
 
 def test_widths_of_a_search_are_kept(tmp_path: Path) -> None:
