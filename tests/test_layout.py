@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).parents[1] / "qdeploy"
 
 VOCABULARY = "files space cost target recipe frozen integer data selftest"
 STAGES = (
-    f"{VOCABULARY} bundle qdq ladder train subnet allocate freeze extract evaluate export bundle.write compile.artifact"
+    f"{VOCABULARY} bundle qdq ladder train subnet allocate freeze extract workers evaluate export bundle.write compile.artifact"
     " compile profile client serve inspect search farm report package"
 )
 
@@ -37,7 +37,8 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "selftest": ("errors", "", "numpy tvm"),
     # what the stages share
     "nets": ("errors space", "torch", ""),
-    "quant": ("errors space recipe frozen nets", "numpy torch", ""),
+    "ptq.mixquant": ("errors", "numpy", ""),  # the rule alone, which training can follow too
+    "quant": ("errors space recipe frozen nets ptq.mixquant", "numpy torch", ""),
     "qdq": ("errors files", "numpy onnx google", ""),  # google.protobuf, which onnx brings
     "bundle": ("errors files", "numpy", ""),  # the format itself: the device side stands on it
     "nesting": ("errors bundle", "numpy", ""),
@@ -48,7 +49,8 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "allocate": ("errors files space bundle quant subnet", "numpy torch", ""),
     "freeze": ("errors files space recipe frozen integer data quant subnet", "numpy torch", ""),
     "extract": ("errors files space recipe frozen data quant train subnet allocate freeze", "numpy torch", ""),
-    "evaluate": ("errors files space data quant train", "numpy torch", ""),
+    "workers": ("errors files", "", "dask distributed"),
+    "evaluate": ("errors files space recipe data quant train workers", "numpy torch", ""),
     "export": ("errors files space frozen integer qdq", "numpy onnx", "onnxsim onnxruntime"),
     "bundle.write": ("errors files qdq bundle nesting ladder", "numpy", ""),
     "compile.artifact": ("errors files target", "numpy", "tvm"),  # loading one: the device side does so too
@@ -62,36 +64,46 @@ TABLE: dict[str, tuple[str, str, str]] = {
         "numpy tvm",
         "onnx onnxruntime",
     ),
-    "client": ("errors files bundle", "numpy", "target compile.artifact tvm onnxruntime PIL"),
-    "serve": ("errors files bundle", "aiohttp", ""),
+    "client": ("errors files bundle", "numpy", "target compile.artifact tvm onnxruntime PIL tuf"),
+    "trust": ("errors files bundle", "tuf securesystemslib cryptography", "fsspec"),
+    "serve": ("errors files bundle client", "aiohttp prometheus_client", ""),
+    "cli_serve": ("errors", "click", "serve"),
     "inspect": ("errors files space recipe frozen bundle", "numpy", "qdq"),
     "search": (
         "errors files space cost target qdq bundle bundle.write ladder nesting quant train subnet allocate extract"
-        " evaluate export compile.artifact compile profile",
+        " workers evaluate export compile.artifact compile profile",
         "numpy torch pymoo",
         "moocore",
     ),
     "farm": ("errors files target compile.artifact compile profile", "numpy tvm", ""),
     "report": ("errors files cost bundle", "numpy matplotlib", ""),
-    "ptq": ("errors files data qdq report", "numpy onnx", "onnxruntime onnxsim PIL"),
+    "ptq": ("errors files data qdq report ptq.mixquant", "numpy onnx", "onnxruntime onnxsim PIL"),
     "ptq.learn": ("errors qdq ptq", "numpy torch onnx", ""),  # torch for who asks for learned rounding alone
     "ptq.reconstruct": ("errors files qdq ptq ptq.learn", "numpy", ""),
-    "cli_quantize": ("errors", "click", "ptq ptq.reconstruct"),
+    "ptq.torch_source": ("errors qdq ptq", "numpy torch", "safetensors"),
+    "cli_quantize": ("errors", "click", "ptq ptq.reconstruct ptq.torch_source"),
     "package": (
         "errors files target qdq bundle ladder bundle.write compile.artifact compile client",
         "numpy",
         "",
     ),
     # across stages
-    "demo": (f"errors {STAGES}", "numpy", ""),
+    "demo_search": (f"errors quant {STAGES}", "numpy", ""),
+    "demo": (f"errors demo_search {STAGES}", "numpy", ""),
+    "cli_publish": ("errors", "click", "files trust"),
     "cli_search": ("errors", "click", f"{STAGES} torch"),
+    "cli_device": ("errors cli_search", "click", "files client numpy"),
     "cli_devices": ("errors cli_search", "click", f"{STAGES} torch"),
-    "cli": ("errors cli_devices cli_quantize cli_search", "click", f"{STAGES} demo numpy torch"),
+    "cli": (
+        "errors cli_device cli_devices cli_publish cli_quantize cli_search cli_serve",
+        "click",
+        f"{STAGES} demo numpy torch",
+    ),
 }
 
 HEAVY = (
     *("torch", "tvm", "tvm_ffi", "onnx", "onnxruntime", "onnxsim", "safetensors", "aiohttp", "matplotlib", "pymoo"),
-    *("scipy", "click"),
+    *("scipy", "click", "tuf", "securesystemslib", "cryptography", "fsspec"),
 )
 
 

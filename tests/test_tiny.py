@@ -61,7 +61,7 @@ def test_train_to_climb(tmp_path: Path, fashion_test: object) -> None:
     np.save(images, fashion_test.images[:20])  # type: ignore[attr-defined]
     device = tmp_path / "device"
     with serving(tmp_path / "tree", log=tmp_path / "log") as url:
-        qdeploy("pull", url, "-o", device, "--level", "w2")
+        qdeploy("pull", url, "-o", device, "--level", "w2", "--unsigned")
         low = qdeploy("run", device, "--images", images)
         qdeploy("climb", device, "--to", "w4")
         high = qdeploy("run", device, "--images", images)
