@@ -1,7 +1,7 @@
 """The accuracy predictor on specs that it has not seen: Kendall's tau, mean absolute error, learning curve, noise.
 
     python tools/bench_predictor.py --draw 300 -o specs.jsonl             specs to score
-    qdeploy evaluate RUN --specs specs.jsonl -o scores.jsonl
+    qdeploy evaluate RUN --specs specs.jsonl -o scores.jsonl --mirror
     python tools/bench_predictor.py --pack scores.jsonl -o samples.json   scores as the file that ships with a run
     python tools/bench_predictor.py [--samples FILE] [--noise N]          the table; N specs are scored image by image
 
@@ -63,19 +63,19 @@ def draw(encoding: Encoding, count: int, seed: int) -> tuple[np.ndarray, list[st
 
 
 @torch.no_grad()
-def right(judge: Judge, genomes: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """Which held-out images each subnet classifies rightly, bool [n, images]."""
+def right(judge: Judge, genomes: np.ndarray, encoding: Encoding, copies: int) -> np.ndarray:
+    """How each subnet does on each held-out image, float64 [n, images]: 1 right, 0 wrong, or the mean of its copies."""
     labels, found = torch.from_numpy(judge.held_out.labels), []
     images = torch.from_numpy(judge.held_out.images).float() / 255.0
     for spec in encoding.specs(genomes):
         net = calibrated(judge.net, spec, judge.calibration).eval()
         said: list[Tensor] = [net(part, spec).argmax(1) for part in images.split(500)]
-        found.append((torch.cat(said) == labels).numpy())
+        found.append((torch.cat(said) == labels).double().reshape(copies, -1).mean(0).numpy())
     return np.stack(found)
 
 
 def noise(hits: np.ndarray) -> float:
-    """Standard deviation in points that a spec's accuracy has against the mean of all, from bool [n, images]."""
+    """Standard deviation in points that a spec's accuracy has against the mean of all, from `right`."""
     apart = 100.0 * (hits - hits.mean(0))
     return float(np.sqrt(apart.var(1).mean() / hits.shape[1]))
 
@@ -145,7 +145,11 @@ def main() -> None:
         return
     if a.pack:
         rows, _ = read_rows(read_bytes(a.pack, "the scores", QDeployError), a.pack)
-        made = (f"tools/bench_predictor.py --draw {len(rows)} --seed {a.seed}", "qdeploy evaluate", "--pack")
+        made = (
+            f"tools/bench_predictor.py --draw {len(rows)} --seed {a.seed}",
+            f"qdeploy evaluate, {rows[0]['images']} images",
+            "--pack",
+        )
         write_atomic(a.out, Samples.of(rows, encoding, made).to_bytes())
         return
     run = sha256((a.run / "quantized.checkpoint").read_bytes())[:12]
@@ -153,7 +157,10 @@ def main() -> None:
     deviation = None
     if a.noise:
         judge = Judge(a.run, a.data_dir)
-        deviation = noise(right(judge, samples.genomes[: a.noise], encoding))
+        copies = samples.images // len(judge.held_out)  # 2 where mirror images were scored too
+        if copies > 1:
+            judge = Judge(a.run, a.data_dir, mirror=True)
+        deviation = noise(right(judge, samples.genomes[: a.noise], encoding, copies))
         print(f"noise of an accuracy on {samples.images} images: {deviation:.3f} points ({a.noise} specs)")
     print("\n".join(table(samples, encoding, deviation, a.seed)))
     print(machine_line(machine()))
