@@ -81,6 +81,8 @@ def say(text: str) -> None:
     "--measure", type=click.IntRange(0), default=8, show_default=True, help="Subnets measured after each round."
 )
 @click.option("--specs", type=PATH, help="Known specs to start from, one JSON object a line.")
+@click.option("--scored", type=PATH, help="samples.json of the run: its specs count among --samples.")
+@click.option("--mirror", is_flag=True, help="Score on the held-out images and their mirror images.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="That score specs.")
 @workers_option
@@ -107,6 +109,8 @@ def search(  # noqa: PLR0913, PLR0917
     samples: int,
     measure: int,
     specs: Path | None,
+    scored: Path | None,
+    mirror: bool,
     seed: int,
     processes: int,
     workers: str | None,
@@ -133,12 +137,12 @@ def search(  # noqa: PLR0913, PLR0917
     torch.set_num_threads(1)
     found = tuple(load_target(path) for path in targets)
     request = Request(
-        objectives, limits, found, strategy, population, generations, rounds, samples, measure, seed, floors
+        objectives, limits, found, strategy, population, generations, rounds, samples, measure, seed, floors, mirror
     )
     known = [] if specs is None else read_specs(specs)
     where = parse_devices(devices, found, noise / 100)
     with maybe_connected(workers) as pool:
-        session = Search(run, request, known, out, data_dir, processes, say, where, pool)
+        session = Search(run, request, known, out, data_dir, processes, say, where, pool, scored)
         front = session.run()
     write_report(out, session.description(front))
     measured = sum(1 for member in front.members if member.measured)

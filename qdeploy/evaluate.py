@@ -281,7 +281,9 @@ def evaluate(
         file.seek(0)
         rows, length = read_rows(file.read(), out)
         if any({key: row[key] for key in about} != about for row in rows):
-            raise ModelError(f"{out} holds results of another run or of other images: choose another output file")
+            raise ModelError(
+                f"{out} holds results of another run or of other images (--mirror?): choose another output file"
+            )
         file.truncate(length)
         done = {row["spec_id"]: row for row in rows}
         todo = [spec for spec in specs if spec.id not in done]

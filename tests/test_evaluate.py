@@ -14,15 +14,18 @@ import time
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from qdeploy import evaluate as module
 from qdeploy.cli import main
+from qdeploy.data import Dataset
 from qdeploy.errors import DeviceError, ModelError, RecipeError
 from qdeploy.evaluate import Judge, evaluate, read_specs, spec_lines
+from qdeploy.quant.calibrate import calibrated
 from qdeploy.space import SubnetSpec
-from qdeploy.train.run import load_run
+from qdeploy.train.run import accuracy, load_run
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -60,6 +63,26 @@ def test_each_spec_is_scored_once_on_the_held_out_images(
     assert {row["images"] for row in rows} == {500}
     assert rows[1]["accuracy"] == Judge(elastic_run, None).score(specs[1])
     assert max(row["accuracy"] for row in rows) > 30  # chance is 10
+
+
+def test_mirror_images_count_as_much_as_the_images(
+    elastic_run: Path, specs: list[SubnetSpec], listed: Path, whole: Path, tmp_path: Path
+) -> None:
+    judge, plain = Judge(elastic_run, None, mirror=True), Judge(elastic_run, None).held_out
+    both = judge.held_out
+    halves = [Dataset(both.name, both.split, both.images[at], both.labels[at]) for at in np.split(np.arange(1000), 2)]
+    assert len(both) == 1000 and np.array_equal(halves[0].images, plain.images)
+    assert np.array_equal(halves[1].images, np.flip(plain.images, axis=3))
+    assert all(np.array_equal(half.labels, plain.labels) for half in halves)
+    net = calibrated(judge.net, specs[0], judge.calibration)
+    of_halves = [accuracy(net, specs[0], half) for half in halves]
+    assert judge.score(specs[0]) == pytest.approx(np.mean(of_halves), abs=0.1)
+    assert of_halves[0] == pytest.approx(json.loads(whole.read_bytes().splitlines()[0])["accuracy"], abs=0.2)
+    out = tmp_path / "out.jsonl"
+    shutil.copy(whole, out)
+    with pytest.raises(ModelError, match=r"other images \(--mirror\?\)"):
+        evaluate(elastic_run, listed, out, 1, None, quiet, mirror=True)
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_several_processes_and_a_kill_give_the_same_file(
@@ -123,7 +146,7 @@ def test_two_at_once_are_refused(elastic_run: Path, listed: Path, tmp_path: Path
 def test_a_worker_that_dies_or_fails_is_one_clear_error(
     elastic_run: Path, specs: list[SubnetSpec], tmp_path: Path
 ) -> None:
-    scores = module._spread(elastic_run, specs, None, 1)
+    scores = module._spread(elastic_run, specs, None, False, 1)
     next(scores)
     for child in multiprocessing.active_children():
         child.kill()
@@ -133,7 +156,7 @@ def test_a_worker_that_dies_or_fails_is_one_clear_error(
     shutil.copytree(elastic_run, run)
     (run / "quantized.checkpoint").write_bytes(b"")
     with pytest.raises(ModelError, match="not a sound qdeploy checkpoint"):
-        list(module._spread(run, specs, None, 1))
+        list(module._spread(run, specs, None, False, 1))
     assert not multiprocessing.active_children()
 
 

@@ -79,12 +79,6 @@ def footprint(artifact: Path) -> Cost:
     return Cost.build((name, value, "bytes", "predicted") for name, value in figures.items())
 
 
-def code_bytes(artifact: Path) -> int:
-    """Bytes of an artifact's library, the largest of them where it has several; raises CompileError."""
-    head = read_description(artifact)
-    return max((Path(artifact) / variant["library"]).stat().st_size for variant in head["variants"])
-
-
 def activation_bytes(graph: Graph, values: Mapping[str, np.ndarray]) -> int:
     """Sum of the sizes of all tensors that layers read, each at its own width, in whole bytes.
 

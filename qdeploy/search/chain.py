@@ -58,8 +58,11 @@ def _best_of(weights: np.ndarray, accuracy: np.ndarray, fits: np.ndarray) -> tup
     return float(value.max()), path[::-1]
 
 
-def best_chain(problem: Problem, genomes: np.ndarray) -> Chain:
-    """The best chain among `genomes` (those of a search) and what nests below them; raises RecipeError for none."""
+def best_chain(problem: Problem, genomes: np.ndarray, below: bool = True) -> Chain:
+    """The best chain among `genomes` (those of a search) and, with `below`, what nests below two of them.
+
+    Raises RecipeError for none.
+    """
     encoding, targets = problem.encoding, problem.targets
     columns = _architecture_columns(encoding)
     groups: dict[bytes, list[int]] = {}
@@ -69,7 +72,9 @@ def best_chain(problem: Problem, genomes: np.ndarray) -> Chain:
     ranked = sorted(groups.values(), key=lambda rows: -float(accuracy[rows].mean()))
     best: Chain | None = None
     for rows in ranked[:ARCHITECTURES]:
-        candidates = _meets(encoding, genomes[sorted(rows, key=lambda i: -accuracy[i])[:CANDIDATES]])
+        candidates = genomes[sorted(rows, key=lambda i: -accuracy[i])[:CANDIDATES]]
+        if below:
+            candidates = _meets(encoding, candidates)
         values = problem.predict(candidates)
         shared = problem.violations({**values}, len(candidates))[:, : -1 if targets else None]
         common = (shared <= 0).all(1)
@@ -109,7 +114,8 @@ def measured_chain(
     """The best chain whose levels were all measured, and keep their classes' limits as measured.
 
     `problem` predicts from what was measured up to now, which `known` says; `measure` adds to it. What a prediction
-    promised and a measurement does not keep is not chosen again. Raises RecipeError after CHAINS chains.
+    promised and a measurement does not keep is not chosen again. After CHAINS chains: the best of what was measured,
+    or RecipeError.
     """
     for _ in range(CHAINS):
         asked, (seen, values) = problem(), known()
@@ -118,6 +124,10 @@ def measured_chain(
         if not len(fresh):
             return chain
         measure(fresh)
-    raise RecipeError(
-        f"{CHAINS} chains of nesting levels broke a limit when they were measured: raise the limits, or --rounds"
-    )
+    asked, (seen, values) = problem(), known()
+    try:
+        return best_chain(replace(asked, predict=overlaid(asked.predict, seen, values)), seen, below=False)
+    except RecipeError as e:
+        raise RecipeError(
+            f"{CHAINS} chains of nesting levels broke a limit when they were measured: raise the limits, or --rounds"
+        ) from e

@@ -61,8 +61,11 @@ class LinearModel:
 
 
 def latency_features(table: LatencyTable, genomes: np.ndarray) -> np.ndarray:
-    """What a latency is computed from on a processor, float64 [n, 3]: fixed costs, summed kernel times, calls."""
-    return np.stack([np.ones(len(genomes)), *table.sums(genomes)], 1)
+    """What a latency is computed from on a processor, float64 [n, 4].
+
+    Fixed costs, summed kernel times, calls, and the times of kernels that narrow weights may make faster.
+    """
+    return np.stack([np.ones(len(genomes)), *table.sums(genomes), table.narrow(genomes)], 1)
 
 
 def table_of(encoding: Encoding, rows: Sequence[Mapping[str, Any]]) -> LatencyTable | None:

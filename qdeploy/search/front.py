@@ -142,6 +142,33 @@ def pick(front: Front, limits: Sequence[str], at_knee: bool, floors: Sequence[st
     return min(members, key=lambda m: [minimised(key, m.value(key)) for key in front.objectives])
 
 
+@dataclass(frozen=True)
+class Foretold:
+    """A subnet of a round's front: what was predicted of it before it was measured, and what was measured."""
+
+    round: int
+    spec_id: str
+    predicted: Mapping[str, float]
+    measured: Mapping[str, float]
+
+
+def agreement(rows: Sequence[Foretold], front: Front, keys: Sequence[str]) -> list[str]:
+    """A sentence a round: how many of its measured subnets are on the final front, and the mean errors of `keys`."""
+    held, lines = {member.spec.id for member in front.members}, []
+    for number in sorted({row.round for row in rows}):
+        part = [row for row in rows if row.round == number]
+        errors = []
+        for key in keys:
+            pairs = np.array([(row.predicted[key], row.measured[key]) for row in part])
+            apart = np.abs(pairs[:, 0] - pairs[:, 1])
+            relative = f"{(apart / pairs[:, 1]).mean():.1%}"
+            errors.append(f"{key} {f'{apart.mean():.2f} points' if key == 'accuracy' else relative}")
+        kept = sum(row.spec_id in held for row in part)
+        said = f"round {number + 1}: {len(part)} of its front measured, {kept} of these on the final front"
+        lines.append(said + (f"; mean error of what was predicted: {', '.join(errors)}" if errors else ""))
+    return lines
+
+
 def table(front: Front) -> tuple[list[str], list[list[Any]]]:
     """Head and rows of the front as CSV has them: spec id, predicted and measured values, error bars."""
     names = list(front.members[0].predicted) if front.members else []

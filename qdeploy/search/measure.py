@@ -21,7 +21,7 @@ from qdeploy.export import export_onnx
 from qdeploy.files import canonical_json, parse_json, read_bytes, write_atomic
 from qdeploy.ladder import read_ladder
 from qdeploy.profile.latency import machine
-from qdeploy.profile.memory import code_bytes
+from qdeploy.profile.memory import footprint
 from qdeploy.profile.signature import Kernel, signatures
 from qdeploy.profile.timing import NOISE, timed
 from qdeploy.qdq import arrays, load_model
@@ -80,14 +80,13 @@ class Built:
     folder: tempfile.TemporaryDirectory[str]
     kernels: list[Kernel]
     download: int
-    code: int
+    peak: int  # bytes, `footprint`
 
     def measure(self, device: Device) -> Row:
         """{spec_id, spec, target, latency_ms, download_kib, peak_memory_kib and what they are made of}; DeviceError."""
         with self.folder as where:
             artifact, params = Path(where) / "artifact", arrays(load_model(Path(where) / MODEL)[1])
             found = device.measure(artifact, params)
-        peak = found["packed_bytes"] + found["arena_bytes"] + self.code
         return {
             "spec_id": self.spec.id,
             "spec": self.spec.to_json(),
@@ -96,10 +95,9 @@ class Built:
             "quartiles_ms": found["latency"]["quartiles"],
             "drift": found["drift"],
             "download_kib": self.download / KIB,
-            "peak_memory_kib": peak / KIB,
+            "peak_memory_kib": self.peak / KIB,
             "packed_bytes": found["packed_bytes"],
             "arena_bytes": found["arena_bytes"],
-            "code_bytes": self.code,
             "machine": found["machine"],
             "kernels": [] if self.target.gpu else named(self.kernels, found["kernels"]),
         }
@@ -114,7 +112,7 @@ class Packed:
     files: Mapping[str, bytes]
     kernels: list[Kernel]
     download: int
-    code: int
+    peak: int
 
     @classmethod
     def of(cls, built: Built) -> Packed:
@@ -123,7 +121,7 @@ class Packed:
             where = Path(name)
             paths = [where / MODEL, *(path for path in (where / "artifact").rglob("*") if path.is_file())]
             files = {str(path.relative_to(where)): path.read_bytes() for path in paths}
-        return cls(built.spec, built.target, files, built.kernels, built.download, built.code)
+        return cls(built.spec, built.target, files, built.kernels, built.download, built.peak)
 
     def unpacked(self) -> Built:
         """Inverse of `of`."""
@@ -132,7 +130,7 @@ class Packed:
             path = Path(folder.name) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        return Built(self.spec, self.target, folder, self.kernels, self.download, self.code)
+        return Built(self.spec, self.target, folder, self.kernels, self.download, self.peak)
 
 
 @dataclass(frozen=True)
@@ -158,7 +156,8 @@ class Builder:
             compile_model(model, self.target, artifact)
             write_bundle(read_ladder([model]), [artifact], where / "tree")
             kernels = [] if self.target.gpu else signatures(model, self.target)
-            return Built(spec, self.target, folder, kernels, tree_bytes(where / "tree"), code_bytes(artifact))
+            peak = int(footprint(artifact)["peak"].value)
+            return Built(spec, self.target, folder, kernels, tree_bytes(where / "tree"), peak)
         except BaseException:
             folder.cleanup()
             raise

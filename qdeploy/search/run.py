@@ -21,6 +21,7 @@ from qdeploy.errors import ModelError, RecipeError
 from qdeploy.evaluate import RunCopy, evaluate, packed_images, read_specs, spec_lines
 from qdeploy.extract import calibration_set
 from qdeploy.files import canonical_json, parse_json, read_bytes, sha256, write_atomic
+from qdeploy.quant.calibrate import CALIBRATION_BATCH
 from qdeploy.quant.network import QuantNet
 from qdeploy.search import folder as names
 from qdeploy.search.baselines import Allocation, Genetic, RandomSearch
@@ -29,13 +30,14 @@ from qdeploy.search.costs import Costs
 from qdeploy.search.device import LEAST, DeviceModel
 from qdeploy.search.encoding import Encoding
 from qdeploy.search.evolve import COLUMNS, Evolution, Frame
-from qdeploy.search.front import NAME, Bar, Front, Member, table
+from qdeploy.search.front import NAME, Bar, Foretold, Front, Member, agreement, table
 from qdeploy.search.geometry import geometry
 from qdeploy.search.measure import Builder, Building, Device, LocalDevice, Measurements, Row, Spread
 from qdeploy.search.nsga2 import Nsga2
 from qdeploy.search.objectives import near, parse_bounds, parse_objectives
 from qdeploy.search.predictor import AccuracyPredictor
 from qdeploy.search.problem import Problem, Scored, Values
+from qdeploy.search.samples import read_samples
 from qdeploy.search.strategy import Strategy
 from qdeploy.space import SubnetSpec
 from qdeploy.subnet import check_integer
@@ -52,7 +54,7 @@ DRAWN = 8  # random subnets measured on a device beside those that show every sh
 @dataclass(frozen=True)
 class Request:
     """What is asked of a search. `limits` are upper and `floors` lower ones; `samples`: specs scored before the first
-    round; `measured`: subnets of the front that are scored and measured after each round."""
+    round; `measured`: subnets of the front that are scored and measured after each round; `mirror`: as `Judge`'s."""
 
     objectives: tuple[str, ...]
     limits: tuple[str, ...]
@@ -65,6 +67,7 @@ class Request:
     measured: int = 8
     seed: int = 0
     floors: tuple[str, ...] = ()
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -81,11 +84,13 @@ class Search:
 
     `devices`: what each target is measured on, by its name; "" is for the others (default: this process).
     `workers`: score specs and build subnets in place of this machine's processes.
+    `scored`: samples of the run (qdeploy.search.samples), which count among those scored before the first round.
     """
 
     def __init__(
         self, run: Path, request: Request, seeds: Sequence[SubnetSpec], out: Path, data_dir: Path | None,
         processes: int, echo: Echo, devices: Mapping[str, Device] | None = None, workers: Workers | None = None,
+        scored: Path | None = None,
     ) -> None:  # fmt: skip
         self.run_folder, self.request, self.out = run, request, out
         self.data_dir, self.processes, self.echo, self.workers = data_dir, processes, echo, workers
@@ -105,13 +110,22 @@ class Search:
         wanted = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(request).items()}
         wanted |= {"targets": [_identity(target) for target in request.targets]}
         wanted |= {"space": self.net.space.id, "run": self.digest, "seeds": [spec.id for spec in seeds]}
+        held = None if scored is None else read_samples(scored, self.encoding, self.digest)
+        wanted |= {"scored": None if held is None else sha256(held.to_bytes())[:12]}
         names.claim(out, wanted)
+        self.given = self.known[:0]
+        if held is not None:
+            self.given = held.genomes
+            if not (out / names.SCORES).exists():
+                write_atomic(out / names.SPECS, spec_lines(self.encoding.specs(held.genomes)))
+                write_atomic(out / names.SCORES, b"".join(canonical_json(row) for row in held.rows(self.encoding)))
 
     # ---- what is known ---------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Tables, first samples, first measurements."""
-        calibration = calibration_set(self.recipe, self.data_dir).images
+        # what is measured hardly depends on values: few images move a download by less than 0.01%
+        calibration = calibration_set(self.recipe, self.data_dir).images[:CALIBRATION_BATCH]
         found = names.kept_geometry(self.out / names.GEOMETRY)
         if found is None:
             self.echo(f"reading {self.encoding.shape_count} shapes of {len(self.encoding.layers)} layers")
@@ -120,9 +134,9 @@ class Search:
         self.costs = Costs(self.encoding, found)
         random = np.random.default_rng(self.request.seed)
         ends = np.stack([np.zeros(len(self.encoding), np.int64), self.encoding.counts - 1])
-        half = self.request.samples // 2
-        drawn = [self.known, self.encoding.canonical(ends), self.encoding.spread(half, random)]
-        drawn.append(self.encoding.sample(max(0, self.request.samples - half), random))
+        wanted = max(0, self.request.samples - len(self.given))
+        drawn = [self.given, self.known, self.encoding.canonical(ends), self.encoding.spread(wanted // 2, random)]
+        drawn.append(self.encoding.sample(wanted - wanted // 2, random))
         self.samples = self.encoding.unlike(np.concatenate(drawn), self.known[:0])
         if self.scores:
             self.score(self.samples)
@@ -154,7 +168,9 @@ class Search:
         if fresh:
             write_atomic(path, spec_lines([*held, *fresh]))
         scores = self.out / names.SCORES
-        rows = evaluate(self.run_folder, path, scores, self.processes, self.data_dir, self.echo, self.workers)
+        rows = evaluate(
+            self.run_folder, path, scores, self.processes, self.data_dir, self.echo, self.workers, self.request.mirror
+        )
         self.accuracy = {row["spec_id"]: float(row["accuracy"]) for row in rows}
         self.scored = self.encoding.genomes([SubnetSpec.from_json(row["spec"]) for row in rows])
 
@@ -272,7 +288,8 @@ class Search:
 
     def fleet(self, members: Scored) -> None:
         """Write a level for each device class: they nest, and each keeps its class's limits as measured."""
-        chain = measured_chain(self.problem, members.genomes, self.known_values, self.learn)
+        genomes = self.encoding.unlike(np.concatenate([members.genomes, self.known_values()[0]]), self.known[:0])
+        chain = measured_chain(self.problem, genomes, self.known_values, self.learn)
         for target, genome in chain.levels:
             spec = self.encoding.specs(genome[None])[0]
             write_atomic(self.out / "levels" / f"{target}.json", canonical_json(spec.to_json()))
@@ -341,13 +358,18 @@ class Search:
             }
             for member in sorted(front.members, key=lambda m: m.value(front.objectives[0]))
         ]
-        pairs = []
+        pairs, known = [], []
         for row in self.foretold:
-            measured = self.measured(SubnetSpec.from_json(row["spec"]), row["predicted"])
-            if measured:
+            spec = SubnetSpec.from_json(row["spec"])
+            if measured := self.measured(spec, row["predicted"]):
                 pairs.append({key: (row["predicted"][key], measured[key], row["bars"][key]) for key in compared})
+                known.append(Foretold(row["round"], spec.id, row["predicted"], measured))
+        rounds = agreement(known, front, compared)
+        for line in rounds:
+            self.echo(line)
         limits = ", ".join(f"{bound.what.key} {bound.sign} {bound.limit:g}" for bound in self.bounds) or "no limits"
         text = f"{self.recipe.name}: {self.request.strategy}, {limits}; run {self.digest}, space {self.net.space.id}."
+        text += "".join(f" {line[0].upper()}{line[1:]}." for line in rounds)
         return {
             "title": f"Search of {self.recipe.name}",
             "text": text,

@@ -46,6 +46,12 @@ class Samples:
         accuracy = np.array([row["accuracy"] for row in rows], np.float64)
         return cls(rows[0]["run"], encoding.space.id, rows[0]["images"], tuple(made), genomes, accuracy)
 
+    def rows(self, encoding: Encoding) -> list[dict[str, Any]]:
+        """Inverse of `of`: one row a sample as `qdeploy evaluate` writes it."""
+        about = {"run": self.run, "images": self.images}
+        pairs = zip(encoding.specs(self.genomes), self.accuracy.tolist(), strict=True)
+        return [about | {"spec_id": spec.id, "spec": spec.to_json(), "accuracy": score} for spec, score in pairs]
+
     def to_bytes(self) -> bytes:
         """JSON with one sample a line."""
         head = {"format": FORMAT, "run": self.run, "space": self.space, "images": self.images, "made": list(self.made)}

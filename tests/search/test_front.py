@@ -9,8 +9,8 @@ import pytest
 
 from qdeploy.errors import ModelError, RecipeError
 from qdeploy.search.chain import best_chain, measured_chain
-from qdeploy.search.encoding import Encoding
-from qdeploy.search.front import Front, Member, knee, pick, read_front, table
+from qdeploy.search.encoding import Encoding, keys
+from qdeploy.search.front import Foretold, Front, Member, agreement, knee, pick, read_front, table
 from qdeploy.search.objectives import parse_bounds, parse_objectives
 from tests.search.spaces import everything, problem, small_space
 
@@ -141,6 +141,16 @@ def test_a_chain_is_not_believed_before_it_is_measured() -> None:
 
     chain = measured_chain(lambda: asked, genomes, known, seen.append)
     assert 1 < len(seen) < 8
+    with pytest.MonkeyPatch.context() as patch:  # when tries are used up, what was measured still counts
+        patch.setattr("qdeploy.search.chain.CHAINS", 0)
+        held = measured_chain(lambda: asked, genomes, known, seen.append)
+        assert all(key in set(keys(known()[0])) for key in keys(np.stack([genome for _, genome in held.levels])))
+        assert all(asked.violated(truth(genome[None]), target)[0] <= 0 for target, genome in held.levels)
+        seen_before = seen.copy()
+        seen.clear()
+        with pytest.raises(RecipeError, match="broke a limit"):
+            measured_chain(lambda: asked, genomes, known, seen.append)
+        seen.extend(seen_before)
     for target, genome in chain.levels:
         assert asked.violated(truth(genome[None]), target)[0] <= 0
     specs = asked.encoding.specs(np.stack([genome for _, genome in chain.levels]))
@@ -158,6 +168,25 @@ def test_limits_from_below() -> None:
     hopeless = replace(asked, bounds=tuple(parse_bounds((), (), ["accuracy=99"])))
     with pytest.raises(RecipeError, match=rf"accuracy >= 99 \({values['accuracy'].max():.4g} is reachable alone"):
         hopeless.check_reachable(hopeless.score(genomes))
+
+
+def test_each_round_says_how_its_predictions_fared() -> None:
+    whole = front()
+    on = [member.spec.id for member in whole.members[:2]]
+    said = {"accuracy": 90.0, "latency_ms@a": 1.0}
+    rows = [
+        Foretold(0, on[0], said, {"accuracy": 89.0, "latency_ms@a": 2.0}),
+        Foretold(0, "elsewhere", said, {"accuracy": 90.5, "latency_ms@a": 1.0}),
+        Foretold(1, on[1], said, {"accuracy": 90.0, "latency_ms@a": 1.25}),
+    ]
+    assert agreement(rows, whole, ["accuracy", "latency_ms@a"]) == [
+        "round 1: 2 of its front measured, 1 of these on the final front; "
+        "mean error of what was predicted: accuracy 0.75 points, latency_ms@a 25.0%",
+        "round 2: 1 of its front measured, 1 of these on the final front; "
+        "mean error of what was predicted: accuracy 0.00 points, latency_ms@a 20.0%",
+    ]
+    assert agreement(rows[:1], whole, []) == ["round 1: 1 of its front measured, 1 of these on the final front"]
+    assert agreement([], whole, ["accuracy"]) == []
 
 
 def test_error_bars_travel_with_the_front() -> None:

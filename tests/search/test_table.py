@@ -9,7 +9,7 @@ import pytest
 
 from qdeploy.errors import ModelError
 from qdeploy.profile.database import LatencyDatabase
-from qdeploy.search.device import COVERAGE, LinearModel
+from qdeploy.search.device import COVERAGE, LinearModel, latency_features
 from qdeploy.search.encoding import Encoding
 from qdeploy.search.measure import LocalDevice
 from qdeploy.search.prices import fill
@@ -43,6 +43,22 @@ def test_sums_are_those_of_each_subnets_own_kernels() -> None:
         assert value == pytest.approx(sum(prices[signature] for _, signature in calls)) and number == len(calls)
     with pytest.raises(ModelError, match="no price for 0.b"):
         LatencyTable(encoding, covering, {k: v for k, v in prices.items() if k != "b3/2"})
+
+
+def test_narrow_weights_change_the_layers_that_were_timed_with_wide_ones() -> None:
+    encoding, random = Encoding(small_space(3, (2, 4, 8))), np.random.default_rng(0)
+    covering = [calls_of(spec) for spec in encoding.specs(encoding.canonical(encoding.covering()))]
+    prices = {signature: float(random.exponential()) for calls in covering for _, signature in calls}
+    table, genomes = LatencyTable(encoding, covering, prices), encoding.sample(100, random)
+    rows = [{entry.layer: entry.weight_bits for entry in spec.layers} for spec in encoding.specs(genomes)]
+    for spec, bits, value in zip(encoding.specs(genomes), rows, table.narrow(genomes), strict=True):
+        of_layers = [(layer, prices[signature]) for layer, signature in calls_of(spec) if layer in bits]
+        assert value == pytest.approx(sum(ms for layer, ms in of_layers if bits[layer] < 8))
+    ms = table.sums(genomes)[0] - 0.45 * table.narrow(genomes)
+    model = LinearModel(latency_features(table, genomes[:20]), ms[:20])
+    assert model(latency_features(table, genomes[20:])) == pytest.approx(ms[20:], rel=0.06)
+    never_wide = Encoding(small_space(3, (2, 4)))
+    assert not LatencyTable(never_wide, covering, prices).narrow(never_wide.sample(50, random)).any()
 
 
 def test_calls_belong_to_the_block_of_the_layer_before_them() -> None:
