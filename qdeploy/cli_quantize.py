@@ -33,7 +33,7 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--shape", metavar="NAME=1,3,224,224", help="Sizes of the input where the file leaves some open."),
         click.option("--weights", type=PATH, help="Of a torch MODEL: a state_dict as .safetensors, .pt or .pth."),
         click.option("--settings", type=PATH, help="TOML file with settings, and [[layer]] rules by name."),
-        click.option("--calibration", type=click.Choice(["auto", "minmax", "percentile", "mse", "entropy"])),
+        click.option("--calibration", type=click.Choice(["auto", "minmax", "margin", "percentile", "mse", "entropy"])),
         click.option("--granularity", type=click.Choice(["channel", "tensor"]), help="Of weight scales."),
         click.option("--symmetry", type=click.Choice(["symmetric", "asymmetric"]), help="Of weights."),
         click.option("--rounding", type=click.Choice(["least-squares", "nearest"]), help="Of weights."),

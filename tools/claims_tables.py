@@ -212,11 +212,20 @@ def _post() -> Table:
     names = {"uniform8": "uniform, 8 bits"}
     names |= {f"{key}{bits}": f"{label}, {bits} bits" for bits in POST_WIDTHS for key, label in labels.items()}
     lines = {key: figures([f"post-{key}"] * len(wanted), wanted) for key in names}
-    lead = {key: minus(lines["mixquant-brecq3"][:1], lines[key][:1]) for key in ("uniform3", "brecq3", "mixquant3")}
+    at_3 = {key: lines[f"{key}3"][:1] for key in labels}
     goals = (
-        Goal("MixQuant with BRECQ is above uniform 3 bits of the same size", lead["uniform3"], NOISE),
-        Goal("MixQuant with BRECQ is above BRECQ alone at the size of 3 bits", lead["brecq3"], NOISE),
-        Goal("BRECQ gains on MixQuant's widths at the size of 3 bits", lead["mixquant3"], NOISE),
+        Goal("MixQuant is above uniform 3 bits at equal size", minus(at_3["mixquant"], at_3["uniform"]), NOISE),
+        Goal(
+            "MixQuant with BRECQ is above uniform 3 bits with BRECQ at equal size",
+            minus(at_3["mixquant-brecq"], at_3["brecq"]),
+            NOISE,
+        ),
+        Goal("BRECQ gains at uniform 3 bits", minus(at_3["brecq"], at_3["uniform"]), NOISE),
+        Goal(
+            "BRECQ gains on MixQuant's widths at the size of 3 bits",
+            minus(at_3["mixquant-brecq"], at_3["mixquant"]),
+            NOISE,
+        ),
         Goal("8 bits within 1 point of 4 bits or above", minus(lines["uniform8"][:1], lines["uniform4"][:1]), -1.0),
     )
     shown = tuple((label, lines[key]) for key, label in names.items())

@@ -13,6 +13,9 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from qdeploy.errors import ModelError
 
 Shape = tuple[int, ...]
+KNOWN_LIMITS = {
+    "Relu": (0.0, np.inf), "Sigmoid": (0.0, 1.0), "HardSigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0),
+}  # fmt: skip
 
 
 @dataclass
@@ -114,3 +117,14 @@ def run(runner: Any, images: np.ndarray, names: Sequence[str], **more: np.ndarra
 def outputs_of(model: ModelProto, images: np.ndarray, name: str) -> np.ndarray:
     """Output `name` of every image, stacked: float32 [n, ...] without the batch axis."""
     return np.concatenate([values[0] for values in run(session(model), images, [name])])
+
+
+def limits(graph: FloatGraph, node: NodeProto) -> tuple[float, float]:
+    """What the node's output can never be below and above."""
+    if node.op_type in KNOWN_LIMITS:
+        return KNOWN_LIMITS[node.op_type]
+    ends = [-np.inf, np.inf]
+    for i in (1, 2) if node.op_type == "Clip" else ():
+        if len(node.input) > i and node.input[i] in graph.arrays:
+            ends[i - 1] = float(graph.arrays[node.input[i]].reshape(()))
+    return ends[0], ends[1]

@@ -8,7 +8,7 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from qdeploy.errors import ModelError
-from qdeploy.ptq.graph import FloatGraph
+from qdeploy.ptq.graph import FloatGraph, limits
 from qdeploy.ptq.layers import Layer
 from qdeploy.ptq.place import BOUNDS, PAIRS, Placement
 from qdeploy.ptq.ranges import Grid, make_grid
@@ -172,19 +172,11 @@ def _redundant_bounds(
         if node.op_type not in BOUNDS or node.input[0] not in placement.inside or name not in placement.owners:
             continue
         grid = grids[placement.owners[name], max(widths[name])]
-        low, high = (0.0, np.inf) if node.op_type == "Relu" else _clip_ends(graph, node)
+        low, high = limits(graph, node)
         ends = [float(np.clip(np.rint(end / grid.scale) + grid.zero_point, grid.lo, grid.hi)) for end in (low, high)]
         if ends == [grid.lo, grid.hi] and name not in graph.output_names:
             found.add(node.name)
     return found
-
-
-def _clip_ends(graph: FloatGraph, node: NodeProto) -> tuple[float, float]:
-    ends = [-np.inf, np.inf]
-    for i in (1, 2):
-        if len(node.input) > i and node.input[i]:
-            ends[i - 1] = float(graph.arrays[node.input[i]].reshape(()))
-    return ends[0], ends[1]
 
 
 def _put_layer(

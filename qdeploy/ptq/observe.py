@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qdeploy.errors import DataError
-from qdeploy.ptq.graph import FloatGraph, run, session
+from qdeploy.ptq.graph import FloatGraph, limits, run, session
 from qdeploy.ptq.layers import Layer, patches, rows
 from qdeploy.ptq.ranges import Samples
 
@@ -66,7 +66,16 @@ def observe(
             random = np.random.default_rng((SEED, i))
             x = patches(layer, nodes[layer.name], kernel, seen[layer.input], places, random)
             _add(moments, layer, x, second)
-    samples = {name: Samples(low[name], high[name], np.concatenate(kept[name])) for name in activations}
+    makers = graph.makers()
+    samples = {
+        name: Samples(
+            low[name],
+            high[name],
+            np.concatenate(kept[name]),
+            limits(graph, makers[name]) if name in makers else (-np.inf, np.inf),
+        )
+        for name in activations
+    }
     for moment in moments.values():
         moment.mean /= moment.count
         moment.second /= moment.count

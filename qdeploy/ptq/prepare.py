@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx.inliner
 import onnx.version_converter
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from qdeploy.errors import DeviceError, ModelError
 from qdeploy.ptq.fold import fold_affine, plain_layers
@@ -36,9 +36,11 @@ def prepare(
     _check_float(model)
     _fix_input(model, shape)
     model = _modern(model, say)
-    simple = _simplified(model)
-    graph = _graph_of(simple)
-    _check_finite(graph)
+    given = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    _check_finite(given, model.graph.node)  # under the file's names, before simplifying makes others
+    graph = _graph_of(_simplified(model))
+    _check_float32(graph)
+    _check_finite(graph.used_arrays(), graph.nodes)
     graph.infer()
     plain_layers(graph)
     folded = fold_affine(graph)
@@ -144,13 +146,17 @@ def _graph_of(model: ModelProto) -> FloatGraph:
     return FloatGraph(nodes, arrays, value.name, shape, outputs, opset, others, model.ir_version, {})
 
 
-def _check_finite(graph: FloatGraph) -> None:
+def _check_float32(graph: FloatGraph) -> None:
     for name, array in graph.used_arrays().items():
+        if array.dtype.kind == "f" and array.dtype != np.float32:
+            raise ModelError(f"tensor {name} is {array.dtype}: convert the model to float32 first")
+
+
+def _check_finite(arrays: Mapping[str, np.ndarray], nodes: Sequence[NodeProto]) -> None:
+    for name, array in arrays.items():
         if array.dtype.kind != "f":
             continue
-        if array.dtype != np.float32:
-            raise ModelError(f"tensor {name} is {array.dtype}: convert the model to float32 first")
-        bounds = all(node.op_type in ("Clip", "Pad") for node in graph.nodes if name in node.input)
+        bounds = all(node.op_type in ("Clip", "Pad") for node in nodes if name in node.input)
         if not np.isfinite(array).all() and not (bounds and not np.isnan(array).any()):
             raise ModelError(f"tensor {name} holds NaN or infinity: the training diverged, or the file is damaged")
 

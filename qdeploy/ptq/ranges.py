@@ -9,15 +9,17 @@ import numpy as np
 BINS = 2048  # of the histogram behind mse and entropy
 SHRINK = np.linspace(1.0, 0.3, 71)  # parts of an end that mse tries
 ROUNDS = 2  # of one end after the other
+MARGIN = 1.25  # times what was seen: other images have larger values
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What was seen of one activation: its extreme values, and some of its values."""
+    """What was seen of one activation: its extreme values, and some of its values. It always lies in `limits`."""
 
     low: float
     high: float
     values: np.ndarray
+    limits: tuple[float, float] = (-np.inf, np.inf)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ def make_grid(low: float, high: float, bits: int, symmetry: str) -> Grid:
 def find_grid(samples: Samples, bits: int, method: str, percentile: float, symmetry: str) -> Grid:
     """The grid for an activation by a calibration `method` (settings.CHOICES)."""
     low, high = samples.low, samples.high
-    if method == "percentile" and percentile < 100:
+    if method == "margin":
+        low, high = max(low * MARGIN, samples.limits[0]), min(high * MARGIN, samples.limits[1])
+    elif method == "percentile" and percentile < 100:
         tail = 100 - percentile
         a, b = np.percentile(samples.values, [tail, percentile])
         low, high = max(low, min(float(a), 0.0)), min(high, max(float(b), 0.0))

@@ -14,7 +14,7 @@ from qdeploy.files import read_bytes
 
 MIN_BITS, MAX_BITS = 2, 8
 CHOICES: dict[str, tuple[str, ...]] = {
-    "calibration": ("minmax", "percentile", "mse", "entropy", "auto"),
+    "calibration": ("minmax", "margin", "percentile", "mse", "entropy", "auto"),
     "granularity": ("channel", "tensor"),
     "symmetry": ("symmetric", "asymmetric"),
     "activation_symmetry": ("asymmetric", "symmetric"),
@@ -52,7 +52,7 @@ class Settings:
     """How a network is quantized.
 
     calibration: how the range of an activation is found (ranges.py), `percentile` for that method alone; "auto" takes
-    the method of least output error on the calibration images. granularity,
+    the method of least output error on calibration images that it did not see. granularity,
     symmetry: of weights. activation_symmetry: asymmetric is uint8, symmetric int8 with zero point 0. rounding: of
     weights, to the nearest code or by layer-wise least squares (rounding.py). first_last: width of the first and the
     last layer, "8", "same" as the others or "float". equalize: even ranges out between layers by exact rescaling

@@ -101,6 +101,17 @@ def test_ranges_of_values_with_an_outlier() -> None:
     assert all(find_grid(samples, 4, m, 99.9, "asymmetric").zero_point == 0 for m in ends)
 
 
+def test_a_margin_leaves_room_up_to_what_the_operator_can_reach() -> None:
+    values = np.array([-0.5, 4.0], np.float32)
+    wide, cut, relu = (
+        find_grid(Samples(-0.5, 4.0, values, limits), 8, "margin", 99.9, "asymmetric").ends()
+        for limits in ((-np.inf, np.inf), (-np.inf, 4.5), (0.0, np.inf))
+    )
+    assert wide == pytest.approx((-0.625, 5.0), abs=0.03)
+    assert cut == pytest.approx((-0.625, 4.5), abs=0.03)
+    assert relu == pytest.approx((0, 5.0), abs=1e-5)
+
+
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6), st.integers(2, 8), st.sampled_from(["asymmetric", "symmetric"]))
 def test_a_grid_holds_zero_and_covers_its_range(a: float, b: float, bits: int, symmetry: str) -> None:
     low, high = min(a, b), max(a, b)

@@ -54,7 +54,8 @@ def test_what_stays_in_float_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        Settings(calibration="minmax"), Settings(calibration="percentile"), Settings(calibration="entropy"),
+        Settings(calibration="minmax"), Settings(calibration="margin"), Settings(calibration="percentile"),
+        Settings(calibration="entropy"),
         Settings(granularity="tensor"), Settings(granularity="tensor", symmetry="asymmetric"),
         Settings(symmetry="asymmetric"), Settings(activation_symmetry="symmetric"), Settings(rounding="nearest"),
         Settings(equalize=False), Settings(bias_correction=False),
@@ -90,6 +91,15 @@ def test_few_bits_are_better_rounded_by_least_squares(tmp_path: Path) -> None:
     assert errors["least-squares"] < 0.9 * errors["nearest"]
 
 
+def test_calibration_is_judged_on_images_that_it_did_not_see(tmp_path: Path) -> None:
+    graph = prepare(saved(NETWORKS["swish"](), tmp_path))
+    images = inputs(graph.shape)
+    images[1::2] = images[::2]
+    assert calibrate(graph, images, Settings(equalize=False)).settings.calibration != "margin"
+    images[1::2] *= 1.2
+    assert calibrate(graph, images, Settings(equalize=False)).settings.calibration == "margin"
+
+
 def test_rules_and_the_policy_for_first_and_last(tmp_path: Path) -> None:
     base = calibrated("residual", tmp_path)
     first, second, third, *_, last = base.layers
@@ -103,8 +113,9 @@ def test_rules_and_the_policy_for_first_and_last(tmp_path: Path) -> None:
         replace(settings, rules=(Rule("nothing*", {"weight_bits": 2}),)).choices(base.layers)
     model = parse_model(build(replace(base, settings=settings)))
     assert len(np.unique(arrays(model)[f"{second}.weight"])) <= 4
-    left = calibrated("residual", tmp_path, Settings(first_last="float"))
+    left = calibrated("residual", tmp_path, Settings(weight_bits=4, first_last="float"))
     assert first not in left.layers and [name for _, name, _ in left.placement.floats] == [first, last]
+    assert {choice.weight_bits for choice in left.settings.choices(left.layers).values()} == {4}
 
 
 def test_a_rule_that_leaves_its_layers_in_float_stands_beside_others(tmp_path: Path) -> None:
