@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= passive
 # cross-compiler and emulator, where `make cross` unpacked them
 export PATH := $(CURDIR)/$(VENV)/cross/bin:$(PATH)
 
-.PHONY: help demo test test-arm test-gpu cross check bench bench-compile models claims
+.PHONY: help demo test test-arm test-gpu test-faults cross check bench bench-compile models claims
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-arm   compiled networks for ARM under an emulator, through the C++ runner, against this machine (4 minutes)"
 	@echo "make cross   what that needs, unpacked into $(VENV)/cross; the runner for x86_64 and aarch64 in $(VENV)/device"
 	@echo "make test-gpu   CUDA artifacts on this machine's GPU, against its processor and ONNX Runtime; skips where there is none"
+	@echo "make test-faults   the long fault suites of delivery, into docs/faults.md (an hour and more; FAULTS='--share 0.1' for a part)"
 	@echo "make check   ruff check, ruff format --check, mypy"
 	@echo "make bench   the benchmarks of tools/, one after the other"
 	@echo "make bench-compile   compiled networks beside ONNX Runtime and OpenVINO (BENCH='--data-dir DIR --networks ...')"
@@ -64,6 +65,9 @@ test-arm: cross
 
 test-gpu: $(STAMP)
 	$(BIN)/pytest -q -rs tests/gpu
+
+test-faults: $(STAMP)
+	$(BIN)/python tools/fault_report.py $(FAULTS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -147,7 +147,7 @@ def _dict(value: Any, what: str, keys: str, optional: str = "") -> dict[str, Any
     if missing := required - set(value):
         raise _Shape(f"{what} lacks the key {min(missing)!r}")
     if unknown := set(value) - allowed:
-        raise _Shape(f"{what} has the unknown key {min(unknown)!r}")
+        raise _Shape(f"{what} has the unknown key {min(unknown)[:80]!r}")
     return dict(value)
 
 

@@ -22,6 +22,7 @@ from qdeploy.errors import FetchError
 
 AGAIN = "run the same command again to resume"
 CHUNK = 1 << 16
+SOUND_BYTES = 4096  # fewer, and an exchange that then breaks off counts as a failure
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.ASCII)
 _RETRIED = {408, 429, 500, 502, 503, 504}
 
@@ -36,7 +37,7 @@ class _Dropped(Exception):
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a download may take. A failure counts only until the next byte arrives."""
+    """How long a download may take. Failures count until `SOUND_BYTES` have come since, at the floor rate or faster."""
 
     timeout_s: float = 20.0  # to connect, and for each silence
     attempts: int = 4
@@ -74,6 +75,11 @@ class Span:
 
     start: int
     stop: int
+
+
+def _plain(text: str) -> str:
+    """What a server sent, fit for one line of an error."""
+    return "".join(c if c.isprintable() else " " for c in text[:200]).strip()
 
 
 def split_url(url: str) -> tuple[str, str, int | None, str]:
@@ -131,12 +137,15 @@ class Source:
         A connection that drops is taken up again where it ended. Raises FetchError.
         """
         todo = list(wanted)
-        failures = 0
+        failures = gained = 0
+        began = time.monotonic()
         while todo:
             try:
                 for offset, chunk in self._exchange(path, size, todo):
                     yield offset, chunk
-                    failures = 0
+                    gained += len(chunk)
+                    if gained >= max(SOUND_BYTES, self._floor * (time.monotonic() - began)):
+                        failures, gained, began = 0, 0, time.monotonic()
                     end = offset + len(chunk)
                     todo[0] = Span(end, todo[0].stop)
                     if end == todo[0].stop:
@@ -229,19 +238,19 @@ class Source:
             if slow.is_set():
                 rate = f"{self._floor:.0f} bytes a second"
                 raise FetchError(f"{self._name(path)} came slower than {rate}: {AGAIN}, or use another server") from e
-            raise _Dropped(str(e) or type(e).__name__) from e
+            raise _Dropped(_plain(str(e)) or type(e).__name__) from e
         finally:
             over.set()
-            if response is not None and sound:
+            if response is not None:
                 response.close()
-            else:  # what is left of the body must not be taken for the next answer
+            if not sound:  # what is left of the body must not be taken for the next answer
                 connection.close()
 
     def _read(self, response: http.client.HTTPResponse, path: str, limit: int) -> bytes:
         try:
             chunk = response.read1(min(limit, self.pace.chunk))
         except ValueError as e:  # a chunk size that is no number
-            raise FetchError(f"{self._name(path)}: the server's answer is not HTTP: {e}") from e
+            raise FetchError(f"{self._name(path)}: the server's answer is not HTTP: {_plain(str(e))}") from e
         self.received += len(chunk)
         self.pace.spend(len(chunk))
         return chunk
@@ -260,7 +269,7 @@ class Source:
         encoding = response.getheader("Content-Encoding", "identity").strip().lower()
         if encoding not in ("identity", ""):
             hint = "turn compression off for this tree"
-            raise FetchError(f"{self._name(path)}: the server sent {encoding!r} though identity was asked: {hint}")
+            raise FetchError(f"{self._name(path)}: the server sent {encoding[:80]!r} though identity was asked: {hint}")
 
     def _check_content_range(self, path: str, response: http.client.HTTPResponse, asked: Span, size: int) -> None:
         header = response.getheader("Content-Range", "")

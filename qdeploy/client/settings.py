@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from qdeploy.client.disk import write_file
@@ -53,6 +53,8 @@ def parse_settings(data: bytes) -> Settings:
     try:
         if value.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
+        if set(value) - {field.name for field in fields(Settings)} or type(value["mirrors"]) is not list:
+            raise ValueError("it has an unknown key, or its mirrors are no list")
         value["mirrors"] = tuple(value["mirrors"])
         found = Settings(**value)
         texts = (found.model, found.channel, found.minimum, found.wanted, found.stale)

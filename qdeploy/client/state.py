@@ -23,7 +23,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from qdeploy.bundle.manifest import Manifest, parse_manifest
@@ -64,6 +64,8 @@ def parse_current(data: bytes) -> Current:
     try:
         if value.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
+        if set(value) != {field.name for field in fields(Current)}:
+            raise ValueError("its keys are not those of this format")
         if value["previous"] is not None:
             manifest, level = value["previous"]
             value["previous"] = (manifest, level)

@@ -39,6 +39,7 @@ from qdeploy.bundle.rollout import (
 )
 from qdeploy.bundle.rollout import METADATA_LIMITS as LIMITS
 from qdeploy.bundle.store import manifest_name
+from qdeploy.bundle.tables import DIGEST
 from qdeploy.client import disk as edge
 from qdeploy.client.disk import sync_folder, write_file, writing
 from qdeploy.client.fetch import GoneError
@@ -114,7 +115,10 @@ def _counters_json(counters: Mapping[str, _Counter] | None) -> dict[str, Any]:
 
 
 def _counters(value: dict[str, Any]) -> dict[str, _Counter]:
-    return {name: _Counter(version, tuple(keys)) for name, (version, keys) in value.items()}
+    found = {name: _Counter(version, tuple(keys)) for name, (version, keys) in value.items()}
+    if not all(type(c.version) is int and all(isinstance(key, str) for key in c.keys) for c in found.values()):
+        raise ValueError("a counter is no number")
+    return found
 
 
 def _state_bytes(state: _State) -> bytes:
@@ -136,8 +140,10 @@ def _read_state(folder: Path) -> _State:
         if top["format"] != FORMAT or sha256(canonical_json(value)) != top["sha256"]:
             raise ValueError("its digest is wrong")
         rollout = None if value["rollout"] is None else rollout_of(value["rollout"])
+        if type(value["root"]) is not int:
+            raise ValueError("the version of root is no number")
         return _State(value["root"], _counters(value["roles"]), _counters(value["releases"]), rollout)
-    except (KeyError, TypeError, ValueError, AttributeError, BundleError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, BundleError) as e:
         hint = "pull into a new folder with the root metadata"
         raise TrustError(f"{path} is damaged ({e}), so a replayed release would go unnoticed: {hint}") from e
 
@@ -289,6 +295,8 @@ def _fetch_rollout(updater: Updater, fetch: Fetch, held: Rollout | None) -> Roll
     if target is None or set(target.hashes) != {"sha256"} or target.length > MAX_ROLLOUT:
         raise TrustError(f"the signed targets name no {ROLLOUT_TARGET} with a SHA-256 and at most {MAX_ROLLOUT} bytes")
     digest = target.hashes["sha256"]
+    if not DIGEST.fullmatch(digest):  # it becomes part of a path
+        raise TrustError(f"the signed targets name {ROLLOUT_TARGET} by {digest[:80]!r}, which is no SHA-256")
     if held is not None and sha256(rollout_bytes(held)) == digest:
         return held
     data = fetch(rollout_name(digest), target.length)

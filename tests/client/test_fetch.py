@@ -239,3 +239,21 @@ def test_urls(url: str, parts: tuple[str, str, int | None, str]) -> None:
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(FetchError, match="URL|leave out|encode"):
         Source(url)
+
+
+def test_a_server_that_gives_a_few_bytes_a_request_is_given_up() -> None:
+    def answer(line: Line, asked: Range) -> None:
+        line.send(partial(DATA, asked), DATA[asked[0] : asked[0] + 5] if asked else b"")
+        raise Hangup
+
+    with scripted(answer) as (url, asked):
+        with pytest.raises(FetchError, match="resume"):
+            fetch(url, (0, 100_000))
+    assert len(asked) == QUICK.attempts
+
+
+def test_what_a_server_says_makes_one_line_of_an_error() -> None:
+    with scripted(send("HTTP/1.1 yes \x1b[2J\r\n\r\n", close=True)) as (url, _):
+        with pytest.raises(FetchError) as error:
+            fetch(url, (0, 10))
+    assert str(error.value).isprintable()
