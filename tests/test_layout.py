@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).parents[1] / "qdeploy"
 
 VOCABULARY = "files space cost target recipe frozen integer data selftest"
 STAGES = (
-    f"{VOCABULARY} bundle qdq ladder train subnet allocate freeze extract workers evaluate export bundle.write compile.artifact"
-    " compile profile client serve inspect search farm report package"
+    f"{VOCABULARY} bundle qdq ladder train subnet allocate freeze extract workers evaluate export bundle.write"
+    " compile.artifact compile profile client serve inspect search farm report package"
 )
 
 # unit -> (units of qdeploy, other packages, and what may come in addition inside a function)

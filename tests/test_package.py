@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path, Path, Path], object], type[QDeplo
     "version": (
         lambda a, c, m, t: package(older(c, t / "x"), HOST, t / "p"), CompileError, "compiled by apache-tvm 0.9",
     ),
-    "a folder": (lambda a, c, m, t: package(c, HOST, t), DeviceError, "cannot write"),
+    "a folder": (lambda a, c, m, t: package(c, HOST, t), DeviceError, "not a regular file"),
 }  # fmt: skip
 
 

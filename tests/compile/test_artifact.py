@@ -323,11 +323,11 @@ def test_planes_are_joined(compiled: Path, bits: int, base: int, dtype: str) -> 
         held = sum(part[0] for part in parts[:first])
         level = TensorLevel(held, 8 - held, (0 if dtype == "int8" else 128) + (1 << (8 - held) >> 1) - 1 + (held == 8))
         bias = level.offset - ((1 << held >> 1) << level.shift)
-        got = loaded.join(parts[:first], u.size, level.shift, bias)
+        got = loaded.join(parts[:first], u.size, level.shift, bias, held)
         want = container(join(parts[:first], u.shape), level, dtype)
         np.testing.assert_array_equal(got.view(dtype).reshape(u.shape), want)
     with pytest.raises(DeviceError, match="another length than its layout says"):
-        loaded.join([(*parts[0][:2], parts[0][2] + b"0")], u.size, 0, 0)
+        loaded.join([(*parts[0][:2], parts[0][2] + b"0")], u.size, 0, 0, parts[0][0])
     assert module.JOIN_LAYOUTS == LAYOUTS
 
 

@@ -49,7 +49,7 @@ def peaks(folder: Path, channels: int, size: int) -> dict[str, tuple[float, int]
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the runner for this machine is built on x86_64")
 def test_predicted_memory_is_what_the_runner_takes(tmp_path: Path) -> None:
-    none, large = peaks(tmp_path / "none", 1, 1), peaks(tmp_path / "large", 256, 8)
+    none, large = peaks(tmp_path / "none", 1, 1), peaks(tmp_path / "large", 448, 8)
     for name, (predicted, peak) in large.items():
-        assert predicted > 1.2e6 and abs(predicted / (peak - none[name][1]) - 1) <= 0.05, name
-    assert large["device"][0] > large["inside"][0] + 256 * 256 * 9
+        assert predicted > 3.6e6 and abs(predicted / (peak - none[name][1]) - 1) <= 0.05, name
+    assert large["device"][0] > large["inside"][0] + 448 * 448 * 9
