@@ -167,8 +167,8 @@ def line(row: dict[str, Any]) -> str:
         f"{row['mode']:9} inference {row['inference_ms']:.1f} ms, longest in a change {row['longest_ms']:.1f} ms, "
         f"pause {row['pause_ms']:.3f} ms; beyond the running level {extra / 1e6:.2f} MB "
         f"({row['extra_fetching_bytes'] / 1e6:.2f} with the download), bound {bound / 1e6:.2f} MB "
-        f"(packed {packed / 1e6:.2f}, arena {row['arena_bytes'] / 1e6:.2f}, largest layer {layer / 1e6:.2f}); {row['impure']} of {row['inferences']} "
-        f"outputs of no one level in {row['changes']} changes"
+        f"(packed {packed / 1e6:.2f}, arena {row['arena_bytes'] / 1e6:.2f}, largest layer {layer / 1e6:.2f}); "
+        f"{row['impure']} of {row['inferences']} outputs of no one level in {row['changes']} changes"
     )
 
 
