@@ -29,7 +29,8 @@ command -v cmake >/dev/null || {
 zlib=
 [ -f "$cross/$arch/zlib/libz.a" ] && zlib=-DZLIB_ROOT=$cross/$arch/zlib
 # a build folder remembers its compiler, also one that is not there any more
-compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$cross/build-$arch/CMakeCache.txt" 2>/dev/null || true)
+compiler=$(sed -n 's/^set(CMAKE_CXX_COMPILER "\(.*\)")$/\1/p' "$cross/build-$arch"/CMakeFiles/*/CMakeCXXCompiler.cmake \
+    2>/dev/null || true)
 [ -z "$compiler" ] || [ -x "$compiler" ] || rm -rf "$cross/build-$arch"
 cmake -S runner -B "$cross/build-$arch" -DTVM_ROOT="$packages/tvm" -DTVM_FFI_ROOT="$packages/tvm_ffi" \
     $toolchain $zlib >"$cross/build-$arch.log" 2>&1 || {
