@@ -32,7 +32,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench_swap import LEVELS, ROOT, cut
+from bench_swap import ROOT, ladder_tree
 
 from qdeploy.errors import QDeployError
 from qdeploy.files import write_atomic
@@ -97,18 +97,9 @@ def shaped(url: str, rate: float) -> Iterator[str]:
 def publish(model: Path, folder: Path) -> None:
     """Trees `base` (the ladder) and `int8` (its top level alone) below `folder`, with the same compiled artifact."""
     from qdeploy.bundle.write import write_bundle
-    from qdeploy.compile.pipeline import compile_model
     from qdeploy.ladder import read_ladder
-    from qdeploy.target import load_target
 
-    paths = [folder / f"{name}.onnx" for name in LEVELS]
-    for path, bits in zip(paths, LEVELS.values(), strict=True):
-        cut(model, bits, path)
-    ladder = read_ladder(paths)
-    for path, level in zip(paths, ladder.levels, strict=True):
-        path.write_bytes(level.data)
-    compile_model(paths[0], load_target(ROOT / "targets" / "host.toml"), folder / "artifact")
-    write_bundle(ladder, [folder / "artifact"], folder / "base")
+    paths = ladder_tree(model, folder, folder / "base")
     write_bundle(read_ladder(paths[-1:]), [folder / "artifact"], folder / "int8")
 
 

@@ -50,8 +50,8 @@ def cut(model: Path, bits: int, out: Path) -> None:
     out.write_bytes(loaded.SerializeToString())
 
 
-def publish(model: Path, folder: Path) -> None:
-    """Bundle and compile the ladder below `folder`."""
+def ladder_tree(model: Path, folder: Path, tree: Path) -> list[Path]:
+    """Cut, compile and bundle the ladder of `model` to `tree`; its levels, lowest first, and `artifact` in `folder`."""
     from qdeploy.bundle.write import write_bundle
     from qdeploy.compile.pipeline import compile_model
     from qdeploy.ladder import read_ladder
@@ -64,7 +64,8 @@ def publish(model: Path, folder: Path) -> None:
     for path, level in zip(paths, ladder.levels, strict=True):
         path.write_bytes(level.data)  # the form in which the bundle gives it back
     compile_model(paths[0], load_target(ROOT / "targets" / "host.toml"), folder / "artifact")
-    write_bundle(ladder, [folder / "artifact"], folder / "tree")
+    write_bundle(ladder, [folder / "artifact"], tree)
+    return paths
 
 
 def resident(field: str) -> int:
@@ -195,7 +196,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         try:
-            publish(args.model, folder)
+            ladder_tree(args.model, folder, folder / "tree")
         except QDeployError as e:
             raise SystemExit(f"{args.model} makes no ladder: {e}") from e
         with serving(folder / "tree") as url:

@@ -16,7 +16,6 @@ longer reach its threshold, its versions may start anew: so a fleet recovers fro
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -43,8 +42,8 @@ from qdeploy.bundle.tables import DIGEST
 from qdeploy.client import disk as edge
 from qdeploy.client.disk import sync_folder, write_file, writing
 from qdeploy.client.fetch import GoneError
-from qdeploy.errors import BundleError, DeviceError, FetchError, TrustError
-from qdeploy.files import canonical_json, parse_json, read_bytes, sha256
+from qdeploy.errors import BundleError, FetchError, TrustError
+from qdeploy.files import canonical_json, locked_folder, parse_json, read_bytes, sha256
 
 if TYPE_CHECKING:
     from tuf.api.metadata import Role, Root
@@ -171,20 +170,6 @@ def install_root(folder: Path, root: bytes) -> None:
     if not (trust / "state.json").exists():
         write_file(trust / "state.json", _state_bytes(_State()))
     write_file(trust / "root.json", root)  # last: once it is there, the counters are too
-
-
-@contextlib.contextmanager
-def _alone(trust: Path) -> Iterator[None]:
-    """Refuse (DeviceError) when another process refreshes the same folder."""
-    fd = os.open(trust, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            raise DeviceError(f"another process refreshes {trust}: wait for it to end, or stop it") from e
-        yield
-    finally:
-        os.close(fd)
 
 
 def _make_durable(metadata: Path) -> None:
@@ -389,7 +374,7 @@ def refresh(
     trust = _trust(folder)
     if not has_root(folder):
         raise TrustError(f"{folder} has no root metadata: pin the publisher's root.json first")
-    with _alone(trust):
+    with locked_folder(trust, f"another process refreshes {trust}: wait for it to end, or stop it"):
         state, stale = _read_state(folder), None
         try:
             new, root = _update(folder, fetch, state, None if now is None else now.astimezone(UTC))

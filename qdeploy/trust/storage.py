@@ -7,14 +7,12 @@ as a whole, and `create` refuses a name that is taken where the store can tell.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from qdeploy.errors import DeviceError
-from qdeploy.files import sha256, write_atomic
+from qdeploy.files import locked_folder, sha256, write_atomic
 
 ANOTHER = "another publisher is at work there: wait for it to end and run the same command again"
 
@@ -69,17 +67,10 @@ class Folder:
     def locked(self) -> Iterator[None]:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as e:
             raise DeviceError(f"cannot publish to {self.root}: {e.strerror or e}") from e
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                raise DeviceError(f"{self.root}: {ANOTHER}") from e
+        with locked_folder(self.root, f"{self.root}: {ANOTHER}"):
             yield
-        finally:
-            os.close(fd)
 
 
 class Store:

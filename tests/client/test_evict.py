@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +22,7 @@ from qdeploy.serve.app import serving
 from qdeploy.serve.byte_log import read_byte_log
 from tests.client.device import assert_nothing_twice, file_of, objects_asked, pull
 from tests.client.tree import Tree, make_tree, publish
+from tests.faults.faulty import Failing
 
 
 def files(folder: Path) -> dict[str, int]:
@@ -95,7 +95,7 @@ def test_an_eviction_that_is_killed_at_any_step_harms_nothing(dev: Path, tmp_pat
             shutil.rmtree(tmp_path / "work", ignore_errors=True)
             shutil.copytree(dev, tmp_path / "work")
             step += 1
-            with failing_at(step, errno.EIO) as count:
+            with failing_at(step, errno.EIO) as disk:
                 try:
                     evict(tmp_path / "work")
                 except DeviceError as e:
@@ -103,62 +103,20 @@ def test_an_eviction_that_is_killed_at_any_step_harms_nothing(dev: Path, tmp_pat
             assert file_of(tmp_path / "work", "w2") == tree.files["w2"]
             climb(tmp_path / "work", "w4")
             assert file_of(tmp_path / "work", "w4") == tree.files["w4"]
-            if count[0] < step:
+            if disk.calls < step:
                 break
     assert step > 5
 
 
-class Failing(edge.Disk):
-    """Counts calls that change the disk; the `at`-th one fails."""
-
-    def __init__(self, at: int, code: int, count: list[int]) -> None:
-        self.at, self.code, self.count = at, code, count
-
-    def _step(self) -> None:
-        self.count[0] += 1
-        if self.count[0] == self.at:
-            raise OSError(self.code, os.strerror(self.code))
-
-    def open(self, path: Path, flags: int) -> int:
-        if flags & os.O_CREAT:
-            self._step()
-        return super().open(path, flags)
-
-    def pwrite(self, fd: int, data: bytes | memoryview, at: int) -> int:
-        self._step()
-        return super().pwrite(fd, data, at)
-
-    def write(self, fd: int, data: bytes | memoryview) -> int:
-        self._step()
-        return super().write(fd, data)
-
-    def fsync(self, fd: int) -> None:
-        self._step()
-        super().fsync(fd)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._step()
-        super().rename(source, target)
-
-    def unlink(self, path: Path) -> None:
-        self._step()
-        super().unlink(path)
-
-    def mkdir(self, path: Path) -> None:
-        self._step()
-        super().mkdir(path)
-
-
 class failing_at:  # noqa: N801 - a context manager
-    """The disk fails at one step; gives the count of steps."""
+    """The disk fails at one step; gives the layer, which counts them."""
 
     def __init__(self, at: int, code: int) -> None:
-        self.count = [0]
-        self.disk = Failing(at, code, self.count)
+        self.disk = Failing(at, code, stays=False)
 
-    def __enter__(self) -> list[int]:
+    def __enter__(self) -> Failing:
         edge.disk = self.disk
-        return self.count
+        return self.disk
 
     def __exit__(self, *_: object) -> None:
         edge.disk = edge.Disk()
@@ -174,7 +132,7 @@ def test_a_disk_that_fails_at_any_step_costs_one_line(tree: Tree, dev: Path, tmp
             step += 1
             shutil.rmtree(tmp_path / "work", ignore_errors=True)
             shutil.copytree(dev, tmp_path / "work")
-            with failing_at(step, code) as count:
+            with failing_at(step, code) as disk:
                 try:
                     climb(tmp_path / "work", "w3")
                 except DeviceError as e:
@@ -182,7 +140,7 @@ def test_a_disk_that_fails_at_any_step_costs_one_line(tree: Tree, dev: Path, tmp
                     assert "disk is full" in str(e) or code == errno.EIO
             level = DeviceFolder(tmp_path / "work").chosen().level
             assert file_of(tmp_path / "work", level) == tree.files[level]
-            if count[0] < step:
+            if disk.calls < step:
                 break
             assert climb(tmp_path / "work", "w3").level == "w3"
     assert level == "w3" and step > 10

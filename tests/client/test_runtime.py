@@ -170,21 +170,6 @@ def test_a_climb_that_fails_leaves_the_level_at_work(real: RealRelease, dev: Pat
     np.testing.assert_array_equal(runner.run(real.images), real.outputs["w2"])
 
 
-def test_a_choice_that_cannot_be_recorded_is_taken_back(
-    real: RealRelease, url: str, dev: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pull(url, dev, "w2")
-    runner = LevelRunner(dev)
-
-    def refuse(*_: object) -> None:
-        raise DeviceError("the disk is full")
-
-    monkeypatch.setattr("qdeploy.client.state.FolderWriter.activate", refuse)
-    with pytest.raises(DeviceError, match="disk is full"):
-        runner.climb("w3")
-    assert runner.level == "w2"
-
-
 def test_two_processes_on_one_folder(real: RealRelease, url: str, dev: Path) -> None:
     """A level that another process chose is not what a runner built upon."""
     pull(url, dev, "w2")

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import pytest
-
 from qdeploy.client.pull import climb
 from qdeploy.serve.byte_log import read_byte_log
 from tests.client.device import damage, file_of, pull
 from tests.client.tree import Tree, make_tree
+from tests.nginx import running
 
 
 @contextlib.contextmanager
@@ -59,28 +55,8 @@ http {{
 
 @contextlib.contextmanager
 def nginx(root: Path, prefix: Path) -> Iterator[str]:
-    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-    if program is None:
-        pytest.skip("nginx is not installed")
-    prefix.mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    user = "user root;" if os.geteuid() == 0 else ""
-    (prefix / "conf").write_text(NGINX.format(prefix=prefix, port=port, root=root, user=user))
-    command = [program, "-p", str(prefix), "-c", str(prefix / "conf"), "-g", "daemon off;"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        try:
-            for _ in range(200):
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                    break
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.05)
-                    assert process.stderr is not None
-                    pytest.fail(f"nginx ended: {process.stderr.read().decode()}")
-            yield f"http://127.0.0.1:{port}/models/toy/"
-        finally:
-            process.terminate()
-            process.wait(20)
+    with running(prefix, lambda port, user: NGINX.format(prefix=prefix, port=port, root=root, user=user)) as port:
+        yield f"http://127.0.0.1:{port}/models/toy/"
 
 
 def test_nginx_serves_the_same_tree(dev: Path, tmp_path: Path) -> None:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import shutil
-import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from qdeploy.client.pull import climb, pull
 from qdeploy.client.status import DeviceState, report
 from qdeploy.serve.app import Options, serving
 from qdeploy.serve.fleet import read_fleet
 from tests.client.tree import make_tree
+from tests.nginx import running
 from tests.serve.trees import CONTENT, NAME, ask, make_root
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "serving.md"
@@ -25,40 +20,26 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "serving.md"
 
 @contextlib.contextmanager
 def nginx(tree: Path, prefix: Path, behind: str = "") -> Iterator[str]:
-    program = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-    if program is None:
-        pytest.skip("nginx is not installed")
     (block,) = re.findall(r"```nginx\n(.*?)```", DOCUMENT.read_text(), re.S)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    assert "listen 80;" in block and "root /srv/qdeploy/tree;" in block
-    block = block.replace("listen 80;", f"listen 127.0.0.1:{port};").replace("/srv/qdeploy/tree", str(tree))
-    assert "proxy_pass http://127.0.0.1:8000;" in block
-    block = block.replace("http://127.0.0.1:8000", behind or "http://127.0.0.1:1")
-    prefix.mkdir()
-    user = "user root;" if os.geteuid() == 0 else ""
+    assert "listen 80;" in block and "root /srv/qdeploy/tree;" in block and "proxy_pass http://127.0.0.1:8000;" in block
+    block = block.replace("/srv/qdeploy/tree", str(tree)).replace(
+        "http://127.0.0.1:8000", behind or "http://127.0.0.1:1"
+    )
     names = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     temporary = " ".join(f"{name}_temp_path {prefix}/t;" for name in names)
-    # what surrounds a server block in a distribution's nginx.conf, gzip included
-    (prefix / "conf").write_text(
-        f"pid {prefix}/pid; error_log {prefix}/error; worker_processes 1; {user}\n"
-        f"events {{ worker_connections 64; }}\nhttp {{ access_log off; {temporary}\n"
-        f"gzip on; gzip_min_length 1; gzip_proxied any; gzip_types *;\n{block}\n}}\n"
-    )
-    command = [program, "-p", str(prefix), "-c", str(prefix / "conf"), "-g", "daemon off;"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
-        try:
-            for _ in range(400):
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                    break
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(0.05)
-                    assert process.stderr is not None
-                    pytest.fail(f"nginx ended: {process.stderr.read().decode()}")
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait(20)
+
+    def config(port: int, user: str) -> str:
+        # what surrounds a server block in a distribution's nginx.conf, gzip included
+        return (
+            f"pid {prefix}/pid; error_log {prefix}/error; worker_processes 1; {user}\n"
+            f"events {{ worker_connections 64; }}\nhttp {{ access_log off; {temporary}\n"
+            "gzip on; gzip_min_length 1; gzip_proxied any; gzip_types *;\n"
+            + block.replace("listen 80;", f"listen 127.0.0.1:{port};")
+            + "\n}\n"
+        )
+
+    with running(prefix, config) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def test_a_device_pulls_and_climbs(tmp_path: Path) -> None:
