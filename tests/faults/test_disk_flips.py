@@ -96,7 +96,7 @@ def test_on_disk(release: SignedFiles, tmp_path: Path, amount: Amount, record: R
                     flips += 1
     assert mended > refused
     record(
-        "every byte flipped on disk", flips=flips, of=total, mended=mended, refused=refused,
+        "bytes flipped on disk", flips=flips, of=total, mended=mended, refused=refused,
         no_effect=unnoticed,
     )  # fmt: skip
 
@@ -146,7 +146,7 @@ def test_in_flight(release: SignedFiles, tmp_path: Path, amount: Amount, record:
                 assert answers(work, release)
                 flips += 1
     assert healed and refused
-    record("every byte flipped in flight", flips=flips, of=total, healed_at_once=healed, refused=refused)
+    record("bytes flipped in flight", flips=flips, of=total, healed_at_once=healed, refused=refused)
 
 
 def test_release_json(tmp_path: Path, amount: Amount, record: Record) -> None:
@@ -174,7 +174,7 @@ def test_release_json(tmp_path: Path, amount: Amount, record: Record) -> None:
                     pass
                 flips += 1
     assert refused > flips // 2
-    record("every byte of an unsigned release.json and manifest flipped", flips=flips, of=total, refused=refused)
+    record("bytes flipped in an unsigned release.json and manifest", flips=flips, of=total, refused=refused)
 
 
 def test_samples_of_a_large_release(tmp_path: Path, amount: Amount, record: Record) -> None:

@@ -161,7 +161,7 @@ def test_every_call(
         assert killed == 1, (name, kill)
         check_costs(stage, name, work, costs, [kill])
         kills += killed
-    record(f"kill -9 at every call of {name}", kills=kills, calls=calls)
+    record(f"kill -9 at calls of {name}", kills=kills, calls=calls)
 
 
 def test_the_byte_log_agrees(stage: Stage, host: Host, totals: dict[str, dict[str, int]], work: Path) -> None:
