@@ -83,9 +83,12 @@ def agreement_plot(compared: Mapping[str, Sequence[tuple[float, float, Sequence[
         predicted, measured = [p for p, _, _ in pairs], [q for _, q, _ in pairs]
         errors = error_ends(predicted, [bar for _, _, bar in pairs])
         axes.errorbar(predicted, measured, xerr=errors, fmt="o", markersize=4, color=COLOURS[0], ecolor=COLOURS[5])
-        both = [*predicted, *measured] or [0.0, 1.0]
-        ends = [min(both), max(both)]
-        axes.plot(ends, ends, "--", color=COLOURS[5], linewidth=1)
+        if pairs:
+            ends = [min([*predicted, *measured]), max([*predicted, *measured])]
+            axes.plot(ends, ends, "--", color=COLOURS[5], linewidth=1)
+        else:
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, "no subnet of a front was measured", ha="center", transform=axes.transAxes)
         axes.set_xlabel(f"predicted {name}")
         axes.set_ylabel(f"measured {name}")
     return found
