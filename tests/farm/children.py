@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from qdeploy.errors import DeviceError
 from qdeploy.farm.tracker import Tracker, devices
 
+T = TypeVar("T")
 SECONDS = 60.0  # to wait for a process on a busy machine
 
 
@@ -23,11 +25,13 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def until(true: Callable[[], bool], what: str) -> None:
+def until(found: Callable[[], T], what: str) -> T:
+    """What `found` answers as soon as that is true."""
     end = time.monotonic() + SECONDS
-    while not true():
+    while not (answer := found()):
         assert time.monotonic() < end, what
-        time.sleep(0.1)
+        time.sleep(0.02)
+    return answer
 
 
 class Farm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -30,53 +31,66 @@ def farm(device_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) ->
     found.close()
 
 
-def group(leader: int) -> list[int]:
-    """Processes of a group, the newest last."""
-    found = []
+def group(leader: int) -> set[int]:
+    """Processes of a group."""
+    found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rpartition(")")[2].split()
         except (FileNotFoundError, ProcessLookupError):
             continue
         if int(fields[2]) == leader and fields[0] != "Z":
-            found.append((int(fields[19]), int(path.parent.name)))
-    return [pid for _, pid in sorted(found)]
+            found.add(int(path.parent.name))
+    return found
 
 
-def while_both_run(farm: Farm, artifact: Path, params: dict[str, np.ndarray], happens: Callable[[], None]) -> None:
-    """Two runs at once on two servers; `happens` as soon as both are taken. Both runs must end well."""
+def while_two_run(
+    farm: Farm, artifact: Path, params: dict[str, np.ndarray], happens: Callable[[int, set[int]], None]
+) -> None:
+    """Two runs on two servers, both to end well; `happens`, given a server and its session's processes, in one of them.
+
+    Which server and which run cannot be known: on a busy machine one run may have ended before the other begins.
+    """
+    servers = {process.pid: group(process.pid) for process in farm.processes[1:] if process.poll() is None}
     device = RpcDevice(farm.tracker, "board", ANY)
-    assert device.slots == 2
+    assert device.slots == len(servers) == 2
+
+    def sessions() -> list[tuple[int, set[int]]]:
+        return [(leader, new) for leader, rest in servers.items() if (new := group(leader) - rest)]
+
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(device.measure, artifact / "a", params) for _ in range(2)]
-        until(lambda: (farm.listed() or {}).get("board") == 0, "no run begins")
-        happens()
+        happens(*until(sessions, "no run begins")[0])
         for run in runs:
             check(run.result(), artifact)
+
+
+def kill_server(leader: int, _: set[int]) -> None:
+    os.killpg(leader, signal.SIGKILL)
+
+
+def kill_session(_: int, processes: set[int]) -> None:
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_device_that_vanishes_in_a_run_and_comes_back(
     farm: Farm, artifact: Path, params: dict[str, np.ndarray]
 ) -> None:
-    first = farm.serve("board")
     farm.serve("board")
-    while_both_run(farm, artifact, params, lambda: os.killpg(first.pid, signal.SIGKILL))
+    farm.serve("board")
+    while_two_run(farm, artifact, params, kill_server)
     until(lambda: (farm.listed() or {}).get("board") == 1, "the device that is left is not free again")
     assert RpcDevice(farm.tracker, "board", ANY).slots == 1
     farm.serve("board")
-    while_both_run(farm, artifact, params, lambda: None)
+    while_two_run(farm, artifact, params, lambda *_: None)
 
 
 def test_a_session_whose_process_dies(farm: Farm, artifact: Path, params: dict[str, np.ndarray]) -> None:
-    first = farm.serve("board")
-    before = set(group(first.pid))
     farm.serve("board")
-
-    def kill() -> None:
-        until(lambda: bool(set(group(first.pid)) - before), "the server starts no process for the session")
-        os.kill(group(first.pid)[-1], signal.SIGKILL)
-
-    while_both_run(farm, artifact, params, kill)
+    farm.serve("board")
+    while_two_run(farm, artifact, params, kill_session)
 
 
 def test_a_tracker_that_is_restarted(farm: Farm, artifact: Path, params: dict[str, np.ndarray]) -> None:
