@@ -42,6 +42,9 @@ from qdeploy.space import SubnetSpec
 from qdeploy.subnet import extract
 from qdeploy.target import load_target
 from qdeploy.train.run import load_run
+from qdeploy.trust.keys import KeyFolder, Quorum, init_keys
+from qdeploy.trust.publish import Wish, publish
+from qdeploy.trust.storage import Folder
 
 REPOSITORY = Path(__file__).parents[1]
 MODEL = REPOSITORY / "models" / "fashion-mobilenetv3"
@@ -167,11 +170,11 @@ def device_process(folder: Path, images: Path, labels: Path) -> Iterator[Device]
 
 
 def climb_under_inference(
-    url: str, folder: Path, manifest: Manifest, files: tuple[Path, Path], count: int, echo: Echo
+    url: str, root: Path, folder: Path, manifest: Manifest, files: tuple[Path, Path], count: int, echo: Echo
 ) -> list[dict[str, Any]]:
-    """Pull the lowest level, start the device, climb it level by level while it infers, drop it at the end."""
+    """Pull the lowest level, signed, start the device, climb it level by level while it infers, drop it at the end."""
     levels = [level.name for level in manifest.levels]
-    first = pull(url, folder, levels[0], unsigned=True)
+    first = pull(url, folder, levels[0], root=root)
     steps = [{"level": levels[0], "step": "pull", "fetched": dict(first.fetched), "bytes": first.total_fetched}]
     with device_process(folder, *files) as device:
         device.wait(lambda row: row["event"] == "ready")
@@ -226,18 +229,21 @@ def demo(out: Path, echo: Echo) -> dict[str, Any]:
     artifact = out / "artifact"
     compile_model(out / "onnx" / f"{names[0]}.onnx", run.target, artifact)
     echo("writing the bundle")
-    root = out / "tree"
-    manifest = write_bundle(read_ladder([out / "onnx" / f"{name}.onnx" for name in names]), [artifact], root)
+    tree, site = out / "tree", out / "site"
+    manifest = write_bundle(read_ladder([out / "onnx" / f"{name}.onnx" for name in names]), [artifact], tree)
+    echo("signing it as a release, with fresh keys")
+    root = init_keys(out / "keys", Quorum(1, 1), Quorum(1, 1), None)
+    publish(tree, Folder(site), KeyFolder([out / "keys"]), Wish())
     profiles = {}
     for name in names:
         echo(f"profiling level {name} in TVM and ONNX Runtime")
         profiles[name] = profile(artifact, out / "onnx" / f"{name}.onnx", PROFILE_REPEATS)
-    parity = compiled_parity(root, manifest, artifact, out / "onnx", test.images[:PARITY_IMAGES])
+    parity = compiled_parity(tree, manifest, artifact, out / "onnx", test.images[:PARITY_IMAGES])
     images, labels = save_images(out, test)
-    with serving(root, log=out / "bytes.jsonl") as url:
+    with serving(site, log=out / "bytes.jsonl") as url:
         echo(f"serving at {url}; the device pulls {names[0]} and climbs while it classifies")
-        steps = climb_under_inference(url, out / "device", manifest, (images, labels), len(test), echo)
-    bundle = describe(root)
+        steps = climb_under_inference(url, root, out / "device", manifest, (images, labels), len(test), echo)
+    bundle = describe(tree)
     echo(f"searching {run.net.space.size:.1e} subnets for the best one under two limits of this machine")
     ladder = [
         (SubnetSpec.from_json(sidecars[name]["spec"]), out / "onnx" / f"{name}.onnx", artifact)

@@ -17,11 +17,11 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import zoo
 from bench_mixquant import processor
+from claims_post import weight_bits
 
 from qdeploy.data import load
 from qdeploy.errors import DataError
 from qdeploy.files import canonical_json, parse_json, read_bytes, write_atomic
-from qdeploy.ptq import quantize
+from qdeploy.ptq import mixquant, quantize
 from qdeploy.ptq.graph import outputs_of
 from qdeploy.ptq.prepare import prepare
 from qdeploy.ptq.quantize import Calibrated, build, build_ladder, calibrate, compare, ladder_widths
@@ -47,9 +48,10 @@ from qdeploy.qdq import load_model, parse_model
 
 SIZE = 128  # pixels of the networks for ImageNet
 CALIBRATION = zoo.CALIBRATION
-SEEDED_IMAGES = 200  # test images of networks without published weights
+SEEDED_IMAGES = 1000  # test images of networks without published weights
 STEPS = 30  # of reconstruction, a block and turn
 LADDER = (4, 6, 8)
+LOW = LADDER[0]  # mixed widths are half a bit a weight above it
 LOWEST_FIRST = -8.0  # JOINT_POWER at which the lowest level alone decides, and the others refine it
 FORMAT = 1
 
@@ -147,10 +149,34 @@ def onnx_runtime(subject: Subject) -> Files:
     return {"": load_model(path)[1].SerializeToString()}
 
 
-def learned(subject: Subject, bits: int) -> Files:
-    """One width by itself, reconstructed."""
+def learned(subject: Subject, bits: int, widths: Mapping[str, int] | None = None) -> Files:
+    """One width, or mixed ones, reconstructed."""
     with tempfile.TemporaryDirectory() as folder:
-        return {"": reconstruct(subject.at(bits), None, STEPS, Path(folder) / "blocks")}
+        return {"": reconstruct(subject.at(bits), widths, STEPS, Path(folder) / "blocks")}
+
+
+def halfway(calibrated: Calibrated) -> int:
+    """Weight bits between those of uniform LOW bits and of one more."""
+    low = ladder_widths(calibrated, LOW)
+    return (weight_bits(calibrated, low) + weight_bits(calibrated, {name: bits + 1 for name, bits in low.items()})) // 2
+
+
+def mixquant_widths(subject: Subject) -> dict[str, int]:
+    """MixQuant's widths at most `halfway` large."""
+    calibrated = subject.at(LOW)
+    table = mixquant.error_table({layer.name: calibrated.weight(layer) for layer in calibrated.placement.layers})
+    return mixquant.choose(table, mixquant.for_size(table, partial(weight_bits, calibrated), halfway(calibrated)))
+
+
+def front_widths(subject: Subject) -> dict[str, int]:
+    """The same size without a criterion: one bit more for layers in the order of the graph, as long as they fit."""
+    calibrated = subject.at(LOW)
+    widths = ladder_widths(calibrated, LOW)
+    for name in list(widths):
+        wider = {**widths, name: widths[name] + 1}
+        if weight_bits(calibrated, wider) <= halfway(calibrated):
+            widths = wider
+    return widths
 
 
 def learned_ladder(subject: Subject) -> Files:
@@ -171,11 +197,15 @@ ROWS: dict[str, Callable[[Subject], Files]] = {
     "8 bits": lambda subject: {"": build(subject.at(8))},
 }
 MORE_ROWS: dict[str, Callable[[Subject], Files]] = {  # of networks with published weights
-    "4 bits": lambda subject: {"": build(subject.at(4))},
-    f"4 bits, {STEPS} steps": lambda subject: learned(subject, 4),
+    f"{LOW} bits": lambda subject: {"": build(subject.at(LOW))},
+    f"{LOW} bits, {STEPS} steps": lambda subject: learned(subject, LOW),
     "6 bits": lambda subject: {"": build(subject.at(6))},
     f"6 bits, {STEPS} steps": lambda subject: learned(subject, 6),
     f"8 bits, {STEPS} steps": lambda subject: learned(subject, 8),
+    f"{LOW}.5 bits, front": lambda subject: {"": build(subject.at(LOW), front_widths(subject))},
+    f"{LOW}.5 bits, MixQuant": lambda subject: {"": build(subject.at(LOW), mixquant_widths(subject))},
+    f"{LOW}.5 bits, front, {STEPS} steps": lambda subject: learned(subject, LOW, front_widths(subject)),
+    f"{LOW}.5 bits, MixQuant, {STEPS} steps": lambda subject: learned(subject, LOW, mixquant_widths(subject)),
     "ladder, truncated": lambda subject: build_ladder(subject.calibrated, subject.levels(), "truncate"),
     "ladder, lowest first": lowest_first,
     "ladder, joint": lambda subject: build_ladder(subject.calibrated, subject.levels()),
