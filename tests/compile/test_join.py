@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,10 @@ import tvm
 from qdeploy.bundle.planes import container, join, pack, pack_part, sort_bits, split_cheapest
 from qdeploy.bundle.tables import TensorLevel
 from qdeploy.compile.kernels.join import LAYOUTS, LENGTH, UNUSED, join_kernel
+from qdeploy.compile.program import ALIGNMENT
+from qdeploy.errors import BundleError
 from tests.compile.kernels import exported, target_of
+from tests.compile.test_guards import guarded, on, outcome
 
 Kernel = Callable[..., None]
 
@@ -105,3 +109,50 @@ def test_damage_is_refused(kernel: Kernel) -> None:
     with pytest.raises(Exception, match=UNUSED):  # the last byte's second symbol
         Codes(kernel, 13).add(3, "spaced", pack(symbols, 3, "spaced")[:-1] + b"\4")
     assert pack_part(symbols, 2, symbols, 0).bits == 2
+
+
+def random_parts(rng: np.random.Generator, count: int) -> list[tuple[int, str, bytes]]:
+    """Up to 8 planes of any bytes, in parts of right and now and then wrong lengths."""
+    parts, held = [], 0
+    while held < 8 and (not held or rng.random() < 0.8):
+        bits = int(rng.integers(1, 9 - held))
+        layout = str(rng.choice(layouts_of(bits, held)))
+        size = -(-count // (8 // bits)) if layout == "spaced" else -(-count * bits // 8)
+        raw = rng.integers(0, 256, size + (rng.random() < 0.02), np.uint8)
+        if rng.random() < 0.9:  # what is unused is zero
+            if layout == "spaced":
+                raw &= np.uint8(256 - (1 << 8 % bits))
+            unused = size * 8 - count * bits if layout != "spaced" else (size * (8 // bits) - count) * bits + 8 % bits
+            raw[size - 1] &= np.uint8(256 - (1 << unused))
+        parts.append((bits, layout, raw.tobytes()))
+        held += bits
+    return parts
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("behind", [True, False])
+def test_any_bytes_are_joined_as_numpy_does_or_refused(kernel: Kernel, behind: bool) -> None:
+    """Nothing outside the tensors is touched, whatever the planes hold."""
+    refused: list[bool] = []
+
+    def one(seed: int) -> bool:
+        rng = np.random.default_rng(seed)
+        count = int(rng.choice([1, 5, 63, 64, 65, 300, 1000, int(rng.integers(1, 5000))]))
+        parts, codes = random_parts(rng, count), guarded(np.zeros(count, np.uint8), behind, ALIGNMENT)
+        try:
+            want = join(parts, (count,))
+        except BundleError:
+            want = None
+        held, bias = 0, 0
+        try:
+            for bits, layout, raw in parts:
+                part = guarded(np.frombuffer(raw, np.uint8), behind, ALIGNMENT)
+                shift, after = 8 - held - bits, int(rng.integers(-128, 128))
+                kernel(on(part), on(codes), bits, LAYOUTS.index(layout), held, shift, bias, after)
+                held, bias = held + bits, after
+        except RuntimeError as e:
+            refused.append(True)
+            return want is None and (LENGTH in str(e) or UNUSED in str(e))
+        return want is not None and bool((((want.astype(int) << 8 - held) + bias & 255) == codes).all())
+
+    assert outcome(lambda: all(one(seed) for seed in range(150)) and 5 < len(refused) < 75) == "right"
