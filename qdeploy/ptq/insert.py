@@ -104,8 +104,13 @@ class _Writer:
         )
 
     def bias(self, layer: Layer, bias: np.ndarray, unit: np.ndarray) -> str:
-        """The int32 bias in units of input scale x weight scale behind its DequantizeLinear."""
-        codes = np.rint(bias.astype(np.float64) / unit).astype(np.int32)
+        """The int32 bias in units of input x weight scale behind its DequantizeLinear; ModelError where one is too large."""
+        real = np.rint(bias.astype(np.float64) / unit)
+        if not np.all(np.abs(real) <= np.iinfo(np.int32).max):
+            raise ModelError(
+                f"layer {layer.name}: a bias does not fit int32 beside such small weights: leave it in float"
+            )
+        codes = real.astype(np.int32)
         names = [self.store(f"{layer.name}.bias", codes), self.store(f"{layer.name}.bias_scale", unit)]
         return self.node(
             "DequantizeLinear", names, f"{layer.name}.bias.values", f"{layer.name}.bias.dequantize",

@@ -260,20 +260,22 @@ def quantize_layer(
     fitted = levels if nesting == "joint" else levels[-1:]
     counts = level_weights(fitted, JOINT_POWER)
     grid = fit_grid(matrix, fitted, choice.granularity, choice.symmetry, importance, counts)
-    if bias is not None:
-        least = np.abs(bias).reshape(-1, 1) / BIAS_LIMIT / input_scale
-        grid = replace(grid, scale=np.maximum(grid.scale, least.max() if choice.granularity == "tensor" else least))
+    least = np.zeros(()) if bias is None else np.abs(bias).reshape(-1, 1) / BIAS_LIMIT / input_scale
+    least = least.max() if choice.granularity == "tensor" else least
+    grid = replace(grid, scale=np.maximum(grid.scale, least))
     codes = least_squares(matrix, second, fitted, grid, counts) if solving else nearest(matrix, fitted, grid)
     return {
-        level.bits: _at_level(calibrated, layer, matrix, level, grid, codes, second, choice, bias) for level in levels
+        level.bits: _at_level(calibrated, layer, matrix, level, grid, codes, second, choice, bias, least)
+        for level in levels
     }
 
 
 def _at_level(  # noqa: PLR0913, PLR0917
     calibrated: Calibrated, layer: Layer, matrix: np.ndarray, level: Level, grid: Grid, codes: np.ndarray,
-    second: np.ndarray, choice: Choice, bias: np.ndarray | None,
+    second: np.ndarray, choice: Choice, bias: np.ndarray | None, least: np.ndarray,
 ) -> Quantized:  # fmt: skip
-    """One level: its container codes, a scale of least error for them, a bias that removes the mean error."""
+    """One level: its container codes, a scale of least error for them, not below `least`, a bias that removes the mean
+    error."""
     weight, settings, moment = (
         calibrated.weight(layer),
         calibrated.settings,
@@ -282,7 +284,7 @@ def _at_level(  # noqa: PLR0913, PLR0917
     container, scale, per_channel = level.codes(codes), grid.scale, choice.granularity == "channel"
     if per_channel and settings.rounding == "least-squares":
         fitted = refit_scale(matrix, container - grid.zero, second, scale)
-        scale = np.clip(fitted, scale / 2, scale * 2)  # far from the grid's it is noise
+        scale = np.clip(fitted, np.maximum(scale / 2, least), scale * 2)  # far from the grid's it is noise
     scales, zeros = scale.astype(np.float32)[:, 0], grid.zero.astype(np.int8)[:, 0]
     kept = unrows(layer, container.astype(np.int8), weight.shape)
     if not per_channel:

@@ -217,6 +217,22 @@ def test_activations_that_overflow_are_refused(tmp_path: Path) -> None:
         calibrate(graph, images, Settings())
 
 
+@pytest.mark.parametrize("nesting", ["joint", "truncate"])
+@pytest.mark.parametrize("size", [1e-4, 1e-7, 1e-10, 0.0])
+def test_a_bias_beside_tiny_weights_keeps_its_value(size: float, nesting: str, tmp_path: Path) -> None:
+    """Such a channel's scale is as large as its int32 bias needs, at every level."""
+    net = FloatNet()
+    stem = net.node("Relu", net.conv("x", 3, 8))
+    middle = net.conv(stem, 8, 32)
+    weight, bias = list(net.arrays)[-2:]
+    net.arrays[weight][:16] *= np.float32(size)
+    net.arrays[bias][:16] = np.linspace(-700, 700, 16)
+    graph = prepare(saved(net.model(net.head(net.node("Relu", middle), 32)), tmp_path))
+    found = calibrate(graph, inputs(graph.shape), Settings(equalize=False))
+    for data in levels_of(found, (2, 4, 8), nesting).values():
+        assert effect(found, data).error < 0.02
+
+
 def test_a_taken_name_is_refused(tmp_path: Path) -> None:
     net = FloatNet()
     x = net.conv("x", 3, 4)
