@@ -104,7 +104,7 @@ class _Writer:
         )
 
     def bias(self, layer: Layer, bias: np.ndarray, unit: np.ndarray) -> str:
-        """The int32 bias in units of input x weight scale behind its DequantizeLinear; ModelError where one is too large."""
+        """The int32 bias in units of input x weight scale behind its DequantizeLinear; ModelError if too large."""
         real = np.rint(bias.astype(np.float64) / unit)
         if not np.all(np.abs(real) <= np.iinfo(np.int32).max):
             raise ModelError(

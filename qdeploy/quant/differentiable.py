@@ -270,10 +270,11 @@ class DifferentiableNet(SimulatedNet):
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Fix every width, all as much narrower as the budgets ask for where they are not met yet."""
+        """Fix every width: learned ones with steps as much coarser or finer as the budgets ask or allow."""
+        finest = -WIDEST_SHIFT if self.choice.allocation == "learned" else 0.0
         sizes = (self.weight_bits, self.choice.weight_kib), (self.activation_bits, self.choice.activation_kib)
         for ranges, (size, budget) in zip(self._kinds(), sizes, strict=True):
-            coarser = least_shift(size, budget * KIB)
+            coarser = least_shift(size, budget * KIB, finest)
             for entry in ranges:
                 entry.settle(coarser)
         self.mean_squares.zero_()
@@ -295,11 +296,11 @@ def _width(entry: LearnedRange, coarser: float | None) -> Tensor:
     return entry.width if coarser is None else entry.coarser_width(coarser)
 
 
-def least_shift(size: Callable[[float], Tensor], budget: float) -> float:
-    """The least shift in octaves, 0 or more, with size(shift) <= budget; `size` falls."""
-    if size(0.0) <= budget:
-        return 0.0
-    low, high = 0.0, WIDEST_SHIFT
+def least_shift(size: Callable[[float], Tensor], budget: float, finest: float) -> float:
+    """The least shift in octaves, `finest` or more, with size(shift) <= budget; `size` falls."""
+    if size(finest) <= budget:
+        return finest
+    low, high = finest, WIDEST_SHIFT
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (low, middle) if size(middle) <= budget else (middle, high)

@@ -116,21 +116,31 @@ def test_the_size_of_a_channel_has_the_gradient_of_its_width() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_settling_meets_the_budgets(seed: int) -> None:
+@pytest.mark.parametrize("share", [0.8, 1.0, 1.3])
+def test_settling_fills_the_budgets(seed: int, share: float) -> None:
     net = learned()
     scatter(net, seed)
     sizes = net.size_kib()
-    object.__setattr__(net.choice, "weight_kib", sizes["weights"] * 0.8)
-    object.__setattr__(net.choice, "activation_kib", sizes["activations"] + 1)
+    object.__setattr__(net.choice, "weight_kib", sizes["weights"] * share)
+    object.__setattr__(net.choice, "activation_kib", sizes["activations"] * 2 - share)
     net.settle()
     after = net.size_kib()
-    assert 0.75 * sizes["weights"] < after["weights"] <= 0.8 * sizes["weights"]
-    assert after["activations"] == sizes["activations"]
+    assert 0.94 * share * sizes["weights"] < after["weights"] <= share * sizes["weights"] + 1e-3
+    assert sizes["activations"] <= after["activations"] <= 2 * sizes["activations"] - share
+
+
+def test_settling_leaves_given_widths() -> None:
+    net = learned(allocation="uniform", weight_kib=1000.0)
+    before = net.size_kib()
+    net.settle()
+    assert net.size_kib() == before
 
 
 def test_the_least_shift_is_found() -> None:
-    assert least_shift(lambda s: torch.tensor(10.0 - s), 7.5) == pytest.approx(2.5, abs=1e-6)
-    assert least_shift(lambda s: torch.tensor(10.0 - s), 11) == 0
+    assert least_shift(lambda s: torch.tensor(10.0 - s), 7.5, 0.0) == pytest.approx(2.5, abs=1e-6)
+    assert least_shift(lambda s: torch.tensor(10.0 - s), 11, 0.0) == 0
+    assert least_shift(lambda s: torch.tensor(10.0 - s), 11, -8.0) == pytest.approx(-1, abs=1e-6)
+    assert least_shift(lambda s: torch.tensor(10.0 - s), 30, -8.0) == -8
 
 
 def test_a_budget_below_the_least_size_is_refused_with_the_least() -> None:
