@@ -214,7 +214,7 @@ def fetched_twice(rows: list[Sent]) -> int:
 
 def demo(out: Path, echo: Echo) -> dict[str, Any]:
     """Run everything into `out` (replaced) and return the result; report.html and demo.json are written there."""
-    from qdeploy.report.page import demo_page
+    from qdeploy.report.demo import demo_page
 
     began = time.monotonic()
     out = check_free(out, force=True)
@@ -309,7 +309,7 @@ def level_rows(
 
 def render(result: Mapping[str, Any]) -> str:
     """The result as a table for a terminal."""
-    from qdeploy.report.page import HEAD, level_cells
+    from qdeploy.report.demo import HEAD, level_cells
 
     rows = [list(HEAD), *(level_cells(row) for row in result["levels"])]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
 
+from qdeploy.progress import Counter
 from qdeploy.ptq.graph import run, session
 from qdeploy.ptq.quantize import Calibrated, compare, layer_at
 
@@ -29,6 +29,7 @@ def measure(calibrated: Calibrated, widths: Sequence[int], echo: Callable[[str],
     stored = {weight: graph.arrays[weight] for weight in weights}
     expected = np.concatenate([values[0] for values in run(runner, images, [name], **stored)])
     layers = []
+    counter = Counter(say, "sensitivity", len(weights), "layer", last=False)
     for layer in calibrated.placement.layers:
         row: dict[str, Any] = {"name": layer.name, "type": layer.kind, "operator": layer.op}
         row["weights"] = int(stored[layer.weight].size)
@@ -43,6 +44,7 @@ def measure(calibrated: Calibrated, widths: Sequence[int], echo: Callable[[str],
         errors = [f"{row[str(bits)]['output']:.2%} at {bits}" for bits in widths]
         say(f"{layer.name}: output error {', '.join(errors)} bits")
         layers.append(row)
+        counter.at(len(layers))
     return {
         "layers": layers,
         "types": by_type(layers, widths),
@@ -67,42 +69,7 @@ def by_type(layers: Sequence[dict[str, Any]], widths: Sequence[int]) -> list[dic
 
 def page(report: dict[str, Any], model: str) -> str:
     """The report as one HTML file that needs nothing else."""
-    from qdeploy.report.page import document
+    from qdeploy.report.page import report_page
+    from qdeploy.report.sensitivity import sensitivity_block
 
-    parts = [
-        f"<p>One layer's weights quantized at a time, everything else in float, on {report['images']} images. The "
-        "numbers are the relative error of the network's output; below them, in small, the relative error of the "
-        "layer's weights. The darker, the more harm.</p>",
-        "<h2>By type of layer</h2>",
-        _table(report["types"], report["widths"], lambda row: (row["type"], f"{row['layers']} layers")),
-        "<h2>By layer</h2>",
-        _table(report["layers"], report["widths"], lambda row: (row["name"], row["type"])),
-    ]
-    if report["float"]:
-        items = "".join(
-            f"<li>{escape(row['operator'])} {escape(row['name'])}: {escape(row['reason'])}</li>"
-            for row in report["float"]
-        )
-        parts += ["<h2>Operators that stay in float</h2>", f"<ul>{items}</ul>"]
-    return document(f"Sensitivity of {model}", parts)
-
-
-def _table(
-    rows: Sequence[dict[str, Any]], widths: Sequence[int], label: Callable[[dict[str, Any]], tuple[str, str]]
-) -> str:
-    """Cells shaded by output error, on a logarithmic scale from 0.1% to 100%."""
-    head = "".join(f"<th scope=col>{bits} bits</th>" for bits in widths)
-    body = []
-    for row in rows:
-        name, kind = label(row)
-        cells = [f"<td>{escape(name)}</td><td>{escape(kind)}</td><td>{row['weights']:,}</td>"]
-        for bits in map(str, widths):
-            found = row[bits]
-            shade = float(np.clip((np.log10(max(found["output"], 1e-6)) + 3) / 3, 0, 1))
-            cells.append(
-                f'<td style="background:rgba(200,60,30,{shade * 0.8:.2f})" title="{found["agreement"]:.1f}% of images '
-                f'with the same class">{found["output"]:.2%}<br><small>{found["weight"]:.2%}</small></td>'
-            )
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    top = f"<tr><th scope=col>layer</th><th scope=col>type</th><th scope=col>weights</th>{head}</tr>"
-    return f"<div class=wide><table><thead>{top}</thead><tbody>{''.join(body)}</tbody></table></div>"
+    return report_page(f"Sensitivity of {model}", [], [sensitivity_block(report, model)], {})

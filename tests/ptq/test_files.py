@@ -264,7 +264,7 @@ def test_the_sensitivity_report_has_every_layer_and_type(folder: Path) -> None:
         assert row["2"]["output"] > row["8"]["output"] > 0 and row["2"]["weight"] > row["8"]["weight"]
         assert row["8"]["weight"] < 1e-3 < row["2"]["weight"]
     page = (out / "sensitivity.html").read_text()
-    assert "http" not in page and "<script" not in page and all(row["name"] in page for row in report["layers"])
+    assert 'src="' not in page and page.count("<script") == 1 and all(row["name"] in page for row in report["layers"])
     refused(call("sensitivity", folder / "net.onnx", "--data", folder / "data", "-o", out), "--force")
 
 
