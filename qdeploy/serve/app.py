@@ -16,18 +16,19 @@ from pathlib import Path
 from aiohttp import web
 
 from qdeploy.errors import DataError, DeviceError
-from qdeploy.serve.admin import Admin
 from qdeploy.serve.byte_log import ByteLog
 from qdeploy.serve.database import StateDatabase
 from qdeploy.serve.limits import Limits, allow_files
 from qdeploy.serve.logs import LineFile
 from qdeploy.serve.metrics import Metrics
+from qdeploy.serve.pages import packaged
 from qdeploy.serve.reports import Reports
 from qdeploy.serve.site import Site
 from qdeploy.serve.tree import check_published
 
 BACKLOG = 1024
 HANDSHAKE_S = 10.0
+BROWSER_PREFIX = "/ui/device/"  # no name of a published tree begins so
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Options:
     `log` gets one JSON line a request (`byte_log.Sent`), `access_log` one in the common log format (`-` is standard
     error). `cert` and `key` are PEM files: TLS. `devices` is the SQLite file for what devices report; they need
     `token` if it is set. `admin_port` has metrics and the fleet (admin.py), on 127.0.0.1 only.
+    `browser` serves the page that makes a browser a device (qdeploy/web/device) at BROWSER_PREFIX. The operators' port
+    also answers to `admin_names`, and with `control_token` takes changes of the rollout, which it signs with `keys`
+    (controls.py) where there are any.
     """
 
     host: str = "127.0.0.1"
@@ -49,6 +53,11 @@ class Options:
     token: str | None = None
     admin_port: int | None = None
     limits: Limits = field(default_factory=Limits)
+    browser: bool = False
+    admin_names: tuple[str, ...] = ()
+    control_token: str | None = None
+    keys: tuple[Path, ...] = ()
+    passphrase_file: Path | None = None
 
 
 def _tls(options: Options) -> ssl.SSLContext | None:
@@ -116,11 +125,12 @@ async def _run(root: Path, options: Options, tls: ssl.SSLContext | None, ready: 
             database = stack.enter_context(contextlib.closing(StateDatabase(options.devices)))
             reports = Reports(database, options.token, limits, metrics)
             stack.push_async_callback(reports.close)
-        site = Site(root, limits, metrics, byte_log, access, reports).server()
+        pages = packaged("device", BROWSER_PREFIX, wasm=True) if options.browser else None
+        site = Site(root, limits, metrics, byte_log, access, reports, pages).server()
         url = await stack.enter_async_context(_listening(site, options.host, options.port, tls, limits.stop_s))
         admin_url = None
         if options.admin_port is not None:
-            admin = Admin(root, metrics, options.devices).server()
+            admin = _admin(root, options, metrics)
             admin_url = await stack.enter_async_context(
                 _listening(admin, "127.0.0.1", options.admin_port, None, limits.stop_s)
             )
@@ -128,10 +138,26 @@ async def _run(root: Path, options: Options, tls: ssl.SSLContext | None, ready: 
         await stop.wait()
 
 
+def _admin(root: Path, options: Options, metrics: Metrics) -> web.Server:
+    """The operators' server; it reads manifests, and changes need TUF: imports that a plain server does without."""
+    from qdeploy.serve.admin import Admin
+
+    controls = None
+    if options.control_token is not None:
+        from qdeploy.serve.controls import Controls
+
+        controls = Controls(root, options.keys, options.passphrase_file)
+    return Admin(root, metrics, options.devices, options.control_token, controls, options.admin_names).server()
+
+
 def _checked(root: Path, options: Options) -> tuple[Path, ssl.SSLContext | None]:
     """What must be right before anything is opened."""
     if options.token is not None and options.devices is None:
         raise DataError("a token is for reports of devices: add --devices FILE")
+    if options.admin_port is None and (options.control_token is not None or options.admin_names):
+        raise DataError("the fleet page is on the operators' port: add --admin-port N")
+    if options.keys and options.control_token is None:
+        raise DataError("whoever changes the rollout needs a token: add --control-token-file FILE")
     allow_files(options.limits.connections)
     return check_published(root), _tls(options)
 

@@ -12,7 +12,7 @@ import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import astuple, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,30 @@ SCHEMA = f"""
 CREATE TABLE devices (seen REAL, {_TYPES}, PRIMARY KEY (device));
 CREATE TABLE history (seen REAL, {_TYPES});
 CREATE INDEX history_device ON history (device, seen);
-CREATE INDEX devices_seen ON devices (seen);
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
+"""
+
+# what a table of devices can be sorted by, and narrowed to; `silent` is bound to the time before which a device is so
+SORTS = ("device", "target", "release", "reached", "fetched", "seen")
+TROUBLES = {
+    "behind": "wanted <> reached",
+    "stale": "stale",
+    "errors": "error IS NOT NULL",
+    "silent": "seen < :silent",
+}
+# with these a page of 100,000 devices, and counts of all, come without a scan of the rows
+_RUNS = "model, channel, release, reached"
+INDEXES = {
+    "runs": f"({_RUNS})",
+    **{name: f"({name}, device)" for name in SORTS if name != "device"},
+    **{name: f"(device) WHERE {test}" for name, test in TROUBLES.items() if name != "silent"},
+}
+_INDEXES = "".join(f"CREATE INDEX IF NOT EXISTS devices_by_{n} ON devices {on};\n" for n, on in INDEXES.items())
+_WILD, _TAME = re.compile(r"([\\%_])"), r"\\\1"  # in LIKE's patterns
+_PUT = f"""
+INSERT INTO devices (seen, {_LIST}) VALUES (?{", ?" * len(COLUMNS)})
+ON CONFLICT (device) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in ("seen", *COLUMNS[1:]))}
 """
 
 
@@ -63,6 +84,7 @@ class StateDatabase:
                 if not self._db.execute("PRAGMA schema_version").fetchone()[0]:
                     self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
                 check_ours(self._db, self.path)
+                self._db.executescript(f"BEGIN IMMEDIATE; DROP INDEX IF EXISTS devices_seen; {_INDEXES} COMMIT;")
                 self.devices = self._count()
             except BaseException:
                 self._db.close()
@@ -92,7 +114,7 @@ class StateDatabase:
             return False
         marks = ", ".join("?" * (len(COLUMNS) + 1))
         row = (now, *astuple(state))
-        self._db.execute(f"INSERT OR REPLACE INTO devices (seen, {_LIST}) VALUES ({marks})", row)
+        self._db.execute(_PUT, row)
         if before != tuple(getattr(state, name) for name in WATCHED):
             self._db.execute(f"INSERT INTO history (seen, {_LIST}) VALUES ({marks})", row)
             old = "SELECT rowid FROM history WHERE device = ? ORDER BY seen DESC, rowid DESC LIMIT -1 OFFSET ?"
@@ -125,17 +147,70 @@ def check_ours(db: sqlite3.Connection, path: Path) -> None:
 
 def page(db: sqlite3.Connection, after: str) -> list[dict[str, Any]]:
     """The next PAGE rows of `devices` behind the name `after`; `stale` is a bool."""
-    return _rows(db, f"SELECT seen, {_LIST} FROM devices WHERE device > ? ORDER BY device LIMIT {PAGE}", after)
+    return _rows(db, f"SELECT seen, {_LIST} FROM devices WHERE device > ? ORDER BY device LIMIT {PAGE}", (after,))
 
 
 def history(db: sqlite3.Connection, device: str) -> list[dict[str, Any]]:
     """The kept changes of one device, oldest first."""
-    return _rows(db, f"SELECT seen, {_LIST} FROM history WHERE device = ? ORDER BY seen, rowid", device)
+    return _rows(db, f"SELECT seen, {_LIST} FROM history WHERE device = ? ORDER BY seen, rowid", (device,))
 
 
-def _rows(db: sqlite3.Connection, query: str, argument: str) -> list[dict[str, Any]]:
-    rows = [dict(zip(("seen", *COLUMNS), row, strict=True)) for row in db.execute(query, (argument,))]
+def _rows(db: sqlite3.Connection, query: str, values: Sequence[str] | dict[str, Any]) -> list[dict[str, Any]]:
+    rows = [dict(zip(("seen", *COLUMNS), row, strict=True)) for row in db.execute(query, values)]
     return [row | {"stale": bool(row["stale"])} for row in rows]
+
+
+@dataclass(frozen=True)
+class View:
+    """A page of the table of devices: `size` rows from row `start` on, of those whose name contains `find` and that
+    have the trouble `only` (one of TROUBLES), sorted by a column of SORTS. Raises DataError."""
+
+    sort: str = "device"
+    descending: bool = False
+    only: str | None = None
+    find: str = ""
+    start: int = 0
+    size: int = 25
+
+    def __post_init__(self) -> None:
+        sound = self.sort in SORTS and (self.only is None or self.only in TROUBLES)
+        if not sound or len(self.find) > 100 or not 0 <= self.start < 1 << 31 or not 1 <= self.size <= PAGE:
+            raise DataError("there is no such view of the devices")
+
+
+def table(db: sqlite3.Connection, view: View, silent: float) -> tuple[int, int, list[dict[str, Any]]]:
+    """(how many devices the view has in all, the row that its page begins with, the page). Behind the end that is the
+    last page. Who was last heard of before `silent` is silent."""
+    tests = [] if view.only is None else [TROUBLES[view.only]]
+    tests += [r"device LIKE :find ESCAPE '\'"] * bool(view.find)
+    where = f" WHERE {' AND '.join(tests)}" if tests else ""
+    values = {"silent": silent, "find": f"%{re.sub(_WILD, _TAME, view.find)}%", "size": view.size}
+    count = int(db.execute(f"SELECT count(*) FROM devices{where}", values).fetchone()[0])
+    start = min(view.start, max(0, count - 1) // view.size * view.size)
+    way = "DESC" if view.descending else "ASC"
+    # a plus keeps SQLite from walking all devices in order to find the few that have the trouble
+    plus = "+" * (view.only is not None and view.sort != "device")
+    order = ", ".join(f"{plus}{name} {way}" for name in dict.fromkeys((view.sort, "device")))
+    keys = f"SELECT rowid FROM devices{where} ORDER BY {order} LIMIT :size OFFSET :start"
+    query = f"SELECT seen, {_LIST} FROM devices WHERE rowid IN ({keys}) ORDER BY {order}"
+    return count, start, _rows(db, query, values | {"start": start})
+
+
+def totals(db: sqlite3.Connection, silent: float) -> dict[str, Any]:
+    """Counts of the whole fleet: devices, each of TROUBLES, bytes fetched, and of (model, channel, release, level)."""
+
+    def one(query: str) -> int:
+        return int(db.execute(query, {"silent": silent}).fetchone()[0] or 0)
+
+    counts = {name: one(f"SELECT count(*) FROM devices WHERE {test}") for name, test in TROUBLES.items()}
+    runs = db.execute(f"SELECT {_RUNS}, count(*) FROM devices GROUP BY {_RUNS} LIMIT {PAGE}")
+    names = ("model", "channel", "release", "level", "devices")
+    return {
+        "devices": one("SELECT count(*) FROM devices"),
+        "fetched_bytes": one("SELECT sum(fetched) FROM devices"),
+        "troubles": counts,
+        "runs": [dict(zip(names, row, strict=True)) for row in runs],
+    }
 
 
 @contextmanager

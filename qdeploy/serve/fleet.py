@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from qdeploy.bundle.rollout import MAX_ROLLOUT, Channels, choose, parse_rollout
+from qdeploy.bundle.rollout import Channels, choose
 from qdeploy.client.fetch import Patience, Source
 from qdeploy.client.status import NAME, DeviceState
 from qdeploy.errors import BundleError, DataError
-from qdeploy.files import parse_json, read_bytes, sha256
+from qdeploy.files import parse_json
+from qdeploy.serve.catalogue import read_signed
 from qdeploy.serve.database import history, page, reading, state_of
 
 PAGE_LIMIT = 4 << 20  # bytes of a page of the admin port
@@ -71,25 +72,7 @@ def read_history(source: str, device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def read_rollout(tree: Path) -> dict[str, Channels]:
-    """The rollout of a published tree of one's own: signatures are not checked here. Raises BundleError."""
-    folder = Path(tree) / "metadata"
-    versions = [int(path.name.split(".")[0]) for path in folder.glob("[1-9]*.targets.json")]
-    if not versions:
-        raise BundleError(f"{tree} has no signed rollout: make one with `qdeploy publish`")
-    path = folder / f"{max(versions)}.targets.json"
-    targets = parse_json(read_bytes(path, "the targets", BundleError), str(path), BundleError)
-    try:
-        digest = targets["signed"]["targets"]["rollout.json"]["hashes"]["sha256"]
-        data = read_bytes(Path(tree) / "rollout" / f"{digest}.json", "the rollout", BundleError)
-    except (KeyError, TypeError) as e:
-        raise BundleError(f"{path} names no rollout.json: publish again") from e
-    if len(data) > MAX_ROLLOUT or sha256(data) != digest:
-        raise BundleError(f"the rollout of {tree} is damaged: publish again")
-    return parse_rollout(data)
-
-
-def _wishes(rollout: dict[str, Channels], state: DeviceState) -> dict[str, Any] | None:
+def wish_of(rollout: dict[str, Channels], state: DeviceState) -> dict[str, Any] | None:
     """What the rollout wants of a device that does otherwise; None when all is well."""
     try:
         channel, entry = choose(rollout, state.model, state.device, state.channel)
@@ -134,14 +117,14 @@ def summarize(rows: Rows, now: float, silent_s: float, rollout: dict[str, Channe
         "silent": [{"device": s.device, "seconds": round(now - seen)} for seen, s in rows if now - seen > silent_s],
     }
     if rollout is not None:
-        wishes = [_wishes(rollout, s) for s in states]
+        wishes = [wish_of(rollout, s) for s in states]
         found["otherwise"] = [wish for wish in wishes if wish is not None]
     return found
 
 
 def fleet(source: str, now: float, silent_s: float, tree: Path | None = None) -> dict[str, Any]:
     """`summarize` what `source` says, beside the rollout of the published tree `tree`. Raises as its readers do."""
-    rollout = None if tree is None else read_rollout(tree)
+    rollout = None if tree is None else read_signed(tree).rollout
     return summarize(read_fleet(source), now, silent_s, rollout)
 
 

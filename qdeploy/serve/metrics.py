@@ -40,6 +40,14 @@ class Metrics:
         bytes_sent.inc(sent)
         times.observe(seconds)
 
+    def figures(self) -> dict[str, float]:
+        """What the fleet page shows, summed over labels: counts and bytes since the start, connections open now."""
+        found = {}
+        for name in ("requests", "sent", "connections", "refused", "broken", "reports", "lost_lines"):
+            rows = [sample for metric in getattr(self, name).collect() for sample in metric.samples]
+            found[name] = sum(row.value for row in rows if not row.name.endswith("_created"))
+        return found
+
     def text(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""What the built-in HTTP server answers: a published tree (tree.py), reports of devices (reports.py), nothing else.
+"""What the built-in HTTP server answers: a published tree (tree.py), reports (reports.py), a page (pages.py), no more.
 
 A convenience on top of a static tree: any web server, CDN or object store can take its place (docs/serving.md).
 """
@@ -9,7 +9,9 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,17 @@ from qdeploy.serve.byte_log import ByteLog, Sent
 from qdeploy.serve.limits import LimitedServer, Limits
 from qdeploy.serve.logs import LineFile, common_line, complain
 from qdeploy.serve.metrics import Metrics
+from qdeploy.serve.pages import Pages
 from qdeploy.serve.ranges import Span, UnsatisfiableRange, not_modified, parse_range, range_applies
 from qdeploy.serve.reports import PATH as REPORT_PATH
 from qdeploy.serve.reports import Reports
 from qdeploy.serve.send import CutFile, Delivery, corked
-from qdeploy.serve.tree import Name, headers_of, is_published, open_beneath, split_path
+from qdeploy.serve.tree import headers_of, is_published, open_beneath, split_path
 
 HEALTH = "/healthz"
 SMALL = 1 << 14  # an answer up to here goes out in one piece with its head; a slow reader costs no more memory
 EMPTY = Span(0, 0)
+Describe = Callable[[int, int], tuple[str, dict[str, str]]]  # (open file, its size) -> entity tag, headers
 
 _SILENT = logging.getLogger("qdeploy.serve.http")  # requests that are no HTTP are counted, not described
 _SILENT.addHandler(logging.NullHandler())
@@ -59,9 +63,10 @@ class Site:
         byte_log: ByteLog | None = None,
         access_log: LineFile | None = None,
         reports: Reports | None = None,
+        pages: Pages | None = None,
     ) -> None:
         self._root, self._limits, self._metrics = root, limits, metrics
-        self._byte_log, self._access_log, self._reports = byte_log, access_log, reports
+        self._byte_log, self._access_log, self._reports, self._pages = byte_log, access_log, reports, pages
         logs = [log for log in (byte_log, access_log) if log is not None]
         metrics.lost_lines.set_function(lambda: sum(log.lost for log in logs))
 
@@ -122,7 +127,8 @@ class Site:
         name = split_path(request.raw_path)
         if name is not None:
             exchange.kind = name.kind
-            return await self._file(request, exchange, name)
+            opened = partial(open_beneath, self._root, name.parts)
+            return await self._file(request, exchange, opened, partial(headers_of, name))
         path = request.raw_path.partition("?")[0]
         if self._reports is not None and (match := REPORT_PATH.fullmatch(path)):
             exchange.kind = "report"
@@ -134,7 +140,18 @@ class Site:
             return self._short(
                 request, exchange, 200 if is_published(self._root) else 503, {"Cache-Control": "no-store"}
             )
+        if self._pages is not None and path.startswith(self._pages.prefix[:-1]):
+            exchange.kind = "page"
+            return await self._page(request, exchange, self._pages)
         return self._short(request, exchange, 404, {})
+
+    async def _page(self, request: web.BaseRequest, exchange: _Exchange, pages: Pages) -> web.StreamResponse:
+        if pages.wants_slash(request.raw_path):
+            return self._short(request, exchange, 308, {"Location": pages.prefix})
+        page = pages.find(request.raw_path)
+        if page is None:
+            return self._short(request, exchange, 404, {})
+        return await self._file(request, exchange, partial(pages.open, page), partial(pages.headers_of, page))
 
     def _record(self, request: web.BaseRequest, exchange: _Exchange, span: Span, sent: int) -> None:
         if self._byte_log is not None and not exchange.logged:
@@ -153,22 +170,26 @@ class Site:
         self._record(request, exchange, EMPTY, 0)
         return web.Response(status=status, body=body, headers=headers)
 
-    async def _file(self, request: web.BaseRequest, exchange: _Exchange, name: Name) -> web.StreamResponse:
+    async def _file(
+        self, request: web.BaseRequest, exchange: _Exchange, opened: Callable[[], int], describe: Describe
+    ) -> web.StreamResponse:
         if request.method not in ("GET", "HEAD"):
             return self._short(request, exchange, 405, {"Allow": "GET, HEAD"})
         try:
-            fd = open_beneath(self._root, name.parts)
+            fd = opened()
         except OSError:
             return self._short(request, exchange, 404, {"Cache-Control": "no-cache"})
         try:
-            return await self._send(request, exchange, name, fd)
+            return await self._send(request, exchange, fd, describe)
         finally:
             os.close(fd)
 
-    async def _send(self, request: web.BaseRequest, exchange: _Exchange, name: Name, fd: int) -> web.StreamResponse:
+    async def _send(
+        self, request: web.BaseRequest, exchange: _Exchange, fd: int, describe: Describe
+    ) -> web.StreamResponse:
         size = os.fstat(fd).st_size
         try:
-            tag, headers = headers_of(name, fd, size)
+            tag, headers = describe(fd, size)
         except OSError:
             return self._short(request, exchange, 404, {"Cache-Control": "no-cache"})
         if not_modified(request.headers.get("If-None-Match"), tag):

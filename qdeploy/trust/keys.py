@@ -114,6 +114,10 @@ class KeyFolder:
             raise TrustError(f"{text}: add the folders of other key holders with --keys")
         return found
 
+    def keep_targets(self, data: bytes) -> None:
+        """Record the targets metadata that was signed last. Raises DeviceError."""
+        write_atomic(self.home / "targets.json", data)
+
     def _signer(self, keyid: str) -> CryptoSigner | None:
         for folder in self.folders:
             for path in sorted(folder.glob(f"*-{keyid[:12]}.pem")):

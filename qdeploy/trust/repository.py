@@ -26,7 +26,7 @@ from qdeploy.bundle.rollout import (
 from qdeploy.bundle.store import RELEASE_NAME, manifest_name
 from qdeploy.bundle.tables import Release
 from qdeploy.errors import DeviceError, TrustError
-from qdeploy.files import read_bytes, write_atomic
+from qdeploy.files import read_bytes
 from qdeploy.trust.keys import KeyFolder, expiry
 from qdeploy.trust.storage import ANOTHER, Storage
 
@@ -168,7 +168,7 @@ class Repository:
         self.storage.write(metadata_name("timestamp"), data)
         self._put_root(1)  # no device asks for it: it is the sign that there was a timestamp
         if targets is not None:
-            write_atomic(self.keys.home / "targets.json", self._bytes(targets))
+            self.keys.keep_targets(self._bytes(targets))
         return timestamp.expires
 
     def _put_snapshot(self, state: State, targets: Metadata[Targets] | None) -> MetaFile:

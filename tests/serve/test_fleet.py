@@ -14,8 +14,9 @@ from qdeploy.client.status import DeviceState
 from qdeploy.errors import BundleError, DataError, FetchError
 from qdeploy.files import canonical_json, sha256
 from qdeploy.serve.app import Options, serving, serving_both
+from qdeploy.serve.catalogue import read_signed
 from qdeploy.serve.database import PAGE, StateDatabase
-from qdeploy.serve.fleet import read_fleet, read_history, read_rollout, render, summarize
+from qdeploy.serve.fleet import read_fleet, read_history, render, summarize
 from tests.serve.trees import make_root
 
 NOW = 1_000_000.0
@@ -95,26 +96,62 @@ def test_channels() -> None:
     assert "y on canary: release 2 w4, not release 5" in render(found)
 
 
-def make_signed(tree: Path, rollout: bytes) -> None:
+def make_signed(tree: Path, rollout: bytes, version: int = 9) -> None:
+    """Metadata from the timestamp down to the rollout; signatures are not looked at here."""
+
+    def put(name: str, value: object) -> dict[str, object]:
+        data = canonical_json({"signed": value})
+        (tree / "metadata" / name).write_bytes(data)
+        return {"version": version, "length": len(data), "hashes": {"sha256": sha256(data)}}
+
     digest = sha256(rollout)
-    for version, value in ((9, "0" * 64), (10, digest)):
-        targets = {"signed": {"targets": {"rollout.json": {"hashes": {"sha256": value}, "length": len(rollout)}}}}
-        (tree / "metadata" / f"{version}.targets.json").write_bytes(canonical_json(targets))
     (tree / "rollout" / f"{digest}.json").write_bytes(rollout)
+    head = {"version": version, "expires": "2999-01-01T00:00:00Z"}
+    target = {"rollout.json": {"hashes": {"sha256": digest}, "length": len(rollout)}}
+    entry = put(f"{version}.targets.json", head | {"targets": target})
+    entry = put(f"{version}.snapshot.json", head | {"meta": {"targets.json": entry}})
+    put("timestamp.json", head | {"meta": {"snapshot.json": entry}})
 
 
-def test_the_rollout_of_a_tree(tmp_path: Path) -> None:
+def test_the_rollout_in_force_is_the_timestamps(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="qdeploy publish"):
-        read_rollout(tmp_path)
+        read_signed(tmp_path)
     tree = make_root(tmp_path)
     with pytest.raises(BundleError, match="valid JSON"):
-        read_rollout(tree)
+        read_signed(tree)
     rollout = {"net": Channels(stable=ENTRY)}
     make_signed(tree, rollout_bytes(rollout))
-    assert read_rollout(tree) == rollout
-    (tree / "metadata" / "11.targets.json").write_bytes(b"{}")
-    with pytest.raises(BundleError, match="publish again"):
-        read_rollout(tree)
+    (tree / "metadata" / "11.targets.json").write_bytes(b"{}")  # a crash left it: nothing names it
+    found = read_signed(tree)
+    assert (found.rollout, found.versions["targets"], found.expires["timestamp"]) == (
+        rollout,
+        9,
+        "2999-01-01T00:00:00Z",
+    )
+
+
+@pytest.mark.parametrize("name", ["9.snapshot.json", "9.targets.json", "rollout"])
+def test_a_damaged_link_of_the_chain(tmp_path: Path, name: str) -> None:
+    tree = make_root(tmp_path)
+    rollout = rollout_bytes({"net": Channels(stable=ENTRY)})
+    make_signed(tree, rollout)
+    path = tree / "rollout" / f"{sha256(rollout)}.json" if name == "rollout" else tree / "metadata" / name
+    data = path.read_bytes()
+    for changed in (data + b" ", data[:-2] + b" \n"):
+        path.write_bytes(changed)
+        with pytest.raises(BundleError, match="damaged: publish again"):
+            read_signed(tree)
+    path.unlink()
+    with pytest.raises(BundleError, match="cannot read"):
+        read_signed(tree)
+
+
+@pytest.mark.parametrize("value", [b"[]", b'{"signed":3}', b'{"signed":{"version":"x","expires":"","meta":{}}}'])
+def test_metadata_of_another_make(tmp_path: Path, value: bytes) -> None:
+    tree = make_root(tmp_path)
+    (tree / "metadata" / "timestamp.json").write_bytes(value)
+    with pytest.raises(BundleError, match="not what qdeploy writes"):
+        read_signed(tree)
 
 
 @pytest.fixture

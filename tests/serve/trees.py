@@ -50,7 +50,7 @@ def ask(  # noqa: PLR0913, PLR0917
         else http.client.HTTPSConnection(host, parts.port, timeout=10, context=tls)
     )
     try:
-        connection.putrequest(method, path, skip_accept_encoding=True)
+        connection.putrequest(method, path, skip_host="Host" in (headers or {}), skip_accept_encoding=True)
         for key, value in (headers or {}).items():
             connection.putheader(key, value)
         if body is not None:
