@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -48,10 +49,13 @@ def problems(manifest: Manifest) -> list[str]:
         *_use_problems(manifest),
     ]
 
+# listed, as Unicode's other classes change with its version
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def is_label(text: Any) -> bool:
-    """1 to 512 characters, none of them a control character."""
-    return isinstance(text, str) and 0 < len(text) <= 512 and text.isprintable()
+    """1 to 512 characters: no control character, no half of a surrogate pair, none that reorders or breaks lines."""
+    return isinstance(text, str) and 0 < len(text) <= 512 and not UNPRINTABLE.search(text)
 
 
 def _bad_digests(digests: Iterable[str], what: str) -> list[str]:

@@ -9,9 +9,12 @@ const LAYOUTS = { tight: [1, 2, 3, 4, 5, 6, 7, 8], spaced: [3, 5, 6, 7], sorted:
 
 const inside = (value, low, high) => value >= low && value <= high;
 
-/** 1 to 512 characters, none of them a control character. */
+// control characters, half surrogate pairs, characters that reorder or break lines
+const UNPRINTABLE = /[\u{0}-\u{1f}\u{7f}-\u{9f}\u{200e}\u{200f}\u{2028}-\u{202e}\u{2066}-\u{2069}\u{d800}-\u{dfff}]/u;
+
+/** 1 to 512 characters, none of them UNPRINTABLE. */
 export function isLabel(value) {
-  return typeof value === "string" && inside(Array.from(value).length, 1, 512) && !/[\p{Cc}\p{Cs}]/u.test(value);
+  return typeof value === "string" && inside(Array.from(value).length, 1, 512) && !UNPRINTABLE.test(value);
 }
 
 function* repeated(names, what) {
