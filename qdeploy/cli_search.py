@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from qdeploy.cli_options import PATH, TARGET, as_json, data_dir, examples, force, option_out, say, show
+
 if TYPE_CHECKING:
     from qdeploy.workers import Workers
 
-PATH = click.Path(path_type=Path)
 limit = click.option(
     "--max",
     "limits",
@@ -59,22 +59,29 @@ def one_thread() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
-def say(text: str) -> None:
-    """Progress goes to standard error."""
-    click.echo(text, err=True)
-
-
-@click.command()
+@click.command(
+    epilog=examples(
+        "qdeploy search RUN --target host --objective accuracy --objective latency --max download_kib=400 -o front",
+        "qdeploy search RUN --objective accuracy --objective bitops --rounds 3 --workers 4 -o front",
+        "qdeploy search RUN --target raspberry-pi-5 --device 127.0.0.1:9190/pi --objective latency -o front",
+    )
+)
 @click.argument("run", type=PATH)
-@click.option("--target", "targets", type=PATH, multiple=True, help="targets/NAME.toml; several serve a fleet.")
+@click.option(
+    "--target",
+    "targets",
+    type=TARGET,
+    multiple=True,
+    help="Target file, or the name of one that ships; several serve a fleet.",
+)
 @click.option("--objective", "objectives", multiple=True, help="accuracy, latency, bitops, ... (repeatable).")
 @limit
 @floor
 @click.option(
     "--strategy", default="nsga2", show_default=True, help="nsga2, random, genetic (EQ-Net) or allocation (eq. 12)."
 )
-@click.option("--population", type=click.IntRange(4), default=800, show_default=True)
-@click.option("--generations", type=click.IntRange(1), default=500, show_default=True)
+@click.option("--population", type=click.IntRange(4), default=800, show_default=True, help="Of a generation.")
+@click.option("--generations", type=click.IntRange(1), default=500, show_default=True, help="Of a round.")
 @click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Search, measure, learn, again.")
 @click.option("--samples", type=click.IntRange(10), default=200, show_default=True, help="Specs scored first.")
 @click.option(
@@ -83,8 +90,7 @@ def say(text: str) -> None:
 @click.option("--specs", type=PATH, help="Known specs to start from, one JSON object a line.")
 @click.option("--scored", type=PATH, help="samples.json of the run: its specs count among --samples.")
 @click.option("--mirror", is_flag=True, help="Score on the held-out images and their mirror images.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--processes", type=click.IntRange(1), default=1, show_default=True, help="That score specs.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of all that is drawn at random.")
 @workers_option
 @click.option(
     "--device",
@@ -94,8 +100,9 @@ def say(text: str) -> None:
     help="Where to measure: local (default), or HOST:PORT/KEY of an RPC tracker (repeatable).",
 )
 @noise
-@click.option("--data-dir", type=PATH, help="Folder with the dataset's files.")
-@click.option("-o", "--out", type=PATH, required=True, help="Search folder; an unfinished search in it is continued.")
+@data_dir
+@option_out("Search folder; an unfinished search in it is continued.")
+@as_json
 def search(  # noqa: PLR0913, PLR0917
     run: Path,
     targets: tuple[Path, ...],
@@ -112,12 +119,12 @@ def search(  # noqa: PLR0913, PLR0917
     scored: Path | None,
     mirror: bool,
     seed: int,
-    processes: int,
     workers: str | None,
     devices: tuple[str, ...],
     noise: float,
     data_dir: Path | None,
     out: Path,
+    as_json: bool,
 ) -> None:
     """Find the best subnets of a trained RUN under limits, by predictors that measured subnets correct.
 
@@ -142,23 +149,27 @@ def search(  # noqa: PLR0913, PLR0917
     known = [] if specs is None else read_specs(specs)
     where = parse_devices(devices, found, noise / 100)
     with maybe_connected(workers) as pool:
-        session = Search(run, request, known, out, data_dir, processes, say, where, pool, scored)
+        session = Search(run, request, known, out, data_dir, say, where, pool, scored)
         front = session.run()
     write_report(out, session.description(front))
     measured = sum(1 for member in front.members if member.measured)
-    click.echo(
-        f"{out}: {len(front.members)} subnets on the front, {measured} of them measured; qdeploy pick {out} --knee"
+    text = f"{out}: {len(front.members)} subnets on the front, {measured} of them measured; qdeploy pick {out} --knee"
+    show({"out": str(out), "subnets": len(front.members), "measured": measured}, text, as_json)
+
+
+@click.command(
+    epilog=examples(
+        "qdeploy pick front --knee -o best.json",
+        "qdeploy pick front --max latency_ms=0.2 --min accuracy=88 -o best.json --json",
     )
-
-
-@click.command()
+)
 @click.argument("folder", type=PATH)
 @limit
 @floor
 @click.option("--knee", is_flag=True, help="The subnet where the front bends, instead of the first objective's best.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
-@click.option("-o", "--out", type=PATH, required=True, help="Spec file for `qdeploy subnet --spec`.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@as_json
+@option_out("Spec file for `qdeploy subnet --spec`.")
+@force
 def pick(  # noqa: PLR0913, PLR0917
     folder: Path, limits: tuple[str, ...], floors: tuple[str, ...], knee: bool, as_json: bool, out: Path, force: bool
 ) -> None:
@@ -174,7 +185,5 @@ def pick(  # noqa: PLR0913, PLR0917
     write_atomic(out, canonical_json(member.spec.to_json()))
     source = "measured" if member.measured else "predicted"
     values = dict(member.measured or member.predicted)
-    if as_json:
-        click.echo(json.dumps({"spec_id": member.spec.id, "source": source, "values": values}))
-        return
-    click.echo(f"{out}: spec {member.spec.id}, {source}: " + ", ".join(f"{k} {v:.6g}" for k, v in values.items()))
+    text = f"{out}: spec {member.spec.id}, {source}: " + ", ".join(f"{k} {v:.6g}" for k, v in values.items())
+    show({"spec_id": member.spec.id, "source": source, "values": values}, text, as_json)

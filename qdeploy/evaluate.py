@@ -3,22 +3,17 @@
 SPECS and OUT are JSON lines: a subnet spec each; and {spec_id, spec, accuracy, images, run} each. `accuracy` is top-1
 in per cent of the simulation, which computes with the integers' steps, codes and zero points, calibrated for that
 spec; `run` names the checkpoint. A result is synced to OUT before the next one is awaited, so a killed evaluation goes
-on where it stopped. The finished file has the order of SPECS, however many processes made it.
+on where it stopped. The finished file has the order of SPECS, however many workers made it.
 """
 
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
-import signal
 import tempfile
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,8 +21,9 @@ import numpy as np
 import torch
 
 from qdeploy.data import Dataset
-from qdeploy.errors import DeviceError, ModelError, QDeployError, RecipeError
+from qdeploy.errors import DeviceError, ModelError, RecipeError
 from qdeploy.files import canonical_json, parse_json, read_bytes, sha256, write_atomic
+from qdeploy.progress import Counter, Echo
 from qdeploy.quant.calibrate import CALIBRATION_IMAGES, calibrated
 from qdeploy.quant.simulated import SimulatedNet
 from qdeploy.recipe import Recipe
@@ -36,9 +32,7 @@ from qdeploy.train.memory import keep_freed_memory
 from qdeploy.train.run import accuracy, held_out_set, load_run, training_set
 from qdeploy.workers import Workers
 
-Echo = Callable[[str], None]
 Row = dict[str, Any]
-PROGRESS_SECONDS = 10.0
 KEYS = {"spec_id", "spec", "accuracy", "images", "run"}
 
 
@@ -66,7 +60,7 @@ class Judge:
 def mirrored(data: Dataset) -> Dataset:
     """`data`, then all of its images with left and right exchanged."""
     images = np.concatenate([data.images, data.images[..., ::-1]])
-    return Dataset(data.name, data.split, images, np.concatenate([data.labels, data.labels]))
+    return data.with_images(images, np.concatenate([data.labels, data.labels]))
 
 
 PackedImages = tuple[np.ndarray, tuple[int, ...]]
@@ -118,20 +112,21 @@ class Scoring:
     held_out: PackedImages
     labels: np.ndarray
     about: tuple[str, str]  # name and split of the dataset
+    names: tuple[str, ...]  # of its classes, where they are the user's own
 
     @classmethod
     def of(cls, run: Path, judge: Judge) -> Scoring:
         """What `judge`, of folder `run`, does."""
         data = judge.held_out
         images = packed_images(judge.calibration), packed_images(data.images)
-        return cls(RunCopy.of(run), *images, data.labels, (data.name, data.split))
+        return cls(RunCopy.of(run), *images, data.labels, (data.name, data.split), data.names)
 
     def __call__(self) -> Callable[[SubnetSpec], float]:
         torch.set_num_threads(1)
         keep_freed_memory()
         judge = object.__new__(Judge)
         judge.net, judge.calibration = self.run.load()[1], unpacked_images(self.calibration)
-        judge.held_out = Dataset(*self.about, unpacked_images(self.held_out), self.labels)
+        judge.held_out = Dataset(*self.about, unpacked_images(self.held_out), self.labels, self.names)
         return judge.score
 
 
@@ -188,84 +183,27 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 # ---- work ------------------------------------------------------------------------------------------------------------
 
 
-def _work(pipe: Connection, run: Path, data_dir: Path | None, mirror: bool) -> None:
-    """A worker process: specs in, (spec, accuracy or error) out, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it closes the pipe
-    torch.set_num_threads(1)
-    judge: Judge | None = None
-    try:
-        while True:
-            spec = pipe.recv()
-            try:
-                judge = judge or Judge(run, data_dir, mirror)
-                pipe.send((spec, judge.score(spec)))
-            except QDeployError as e:
-                pipe.send((spec, e))
-    except (EOFError, BrokenPipeError):
-        return
-
-
 Scores = Generator[tuple[SubnetSpec, float], None, None]
 
 
-def _scores(
-    judge: Judge, run: Path, specs: Sequence[SubnetSpec], data_dir: Path | None, mirror: bool, processes: int,
-    workers: Workers | None,
-) -> Scores:  # fmt: skip
-    """Each spec with its accuracy, in this process or, as they come, from others."""
+def _scores(judge: Judge, run: Path, specs: Sequence[SubnetSpec], workers: Workers | None) -> Scores:
+    """Each spec with its accuracy, in this process or, as they come, from `workers`."""
     if workers is not None:
         named = {spec.id: spec for spec in specs}
         for key, found in workers.map(Scoring.of(run, judge), named):
             yield named[key], found
         return
-    if min(processes, len(specs)) > 1:
-        yield from _spread(run, specs, data_dir, mirror, min(processes, len(specs)))
-        return
     for spec in specs:
         yield spec, judge.score(spec)
 
 
-def _spread(run: Path, specs: Sequence[SubnetSpec], data_dir: Path | None, mirror: bool, processes: int) -> Scores:
-    """Each spec with its accuracy, as `processes` workers finish them."""
-    context = multiprocessing.get_context("spawn")  # torch does not survive a fork
-    pipes: dict[Connection, SpawnProcess] = {}
-    for _ in range(processes):
-        ours, theirs = context.Pipe()
-        worker = context.Process(target=_work, args=(theirs, run, data_dir, mirror), daemon=True)
-        worker.start()
-        theirs.close()
-        pipes[ours] = worker
-    todo, busy = iter(specs), 0
-    try:
-        for pipe, spec in zip(pipes, todo, strict=False):
-            pipe.send(spec)
-            busy += 1
-        while busy:
-            for pipe in (p for p in wait(list(pipes)) if isinstance(p, Connection)):
-                spec, found = pipe.recv()
-                if isinstance(found, QDeployError):
-                    raise found
-                yield spec, found
-                busy -= 1
-                if (following := next(todo, None)) is not None:
-                    pipe.send(following)
-                    busy += 1
-    except (EOFError, ConnectionError) as e:
-        raise DeviceError("a worker process ended (out of memory?): run again, with fewer --processes") from e
-    finally:
-        for pipe, worker in pipes.items():
-            pipe.close()
-            worker.terminate()
-            worker.join()
-
-
 def evaluate(
-    run: Path, specs_path: Path, out: Path, processes: int, data_dir: Path | None, echo: Echo,
+    run: Path, specs_path: Path, out: Path, data_dir: Path | None, echo: Echo,
     workers: Workers | None = None, mirror: bool = False,
 ) -> list[Row]:  # fmt: skip
     """Score every spec of `specs_path` that `out` does not hold yet; returns the rows in the order of the specs.
 
-    `workers`, where they are given, score in place of `processes` of this machine. `mirror`: as `Judge`'s.
+    `workers`, where they are given, score in place of this process. `mirror`: as `Judge`'s.
     Raises RecipeError for a spec outside the run's space or a run without held-out images, ModelError when `out`
     belongs to another run, DeviceError when it cannot be written.
     """
@@ -289,15 +227,12 @@ def evaluate(
         todo = [spec for spec in specs if spec.id not in done]
         if len(todo) < len(specs):
             echo(f"{len(specs) - len(todo)} of {len(specs)} specs are scored already")
-        with closing(_scores(judge, run, todo, data_dir, mirror, processes, workers)) as scored:
-            start = last = time.monotonic()
+        with closing(_scores(judge, run, todo, workers)) as scored:
+            counter = Counter(echo, "scoring", len(todo), "spec")
             for count, (spec, found) in enumerate(scored, 1):
                 done[spec.id] = about | {"spec_id": spec.id, "spec": spec.to_json(), "accuracy": found}
                 _append(file, done[spec.id], out)
-                if (now := time.monotonic()) - last > PROGRESS_SECONDS or count == len(todo):
-                    last, each = now, (now - start) / count
-                    left = each * (len(todo) - count)
-                    echo(f"{count}/{len(todo)} specs, {each:.1f} s each, {left:.0f} s left; {spec.id} {found:.2f}%")
+                counter.at(count, f"{spec.id} {found:.2f}%")
         wanted = [spec.id for spec in specs]
         others = [row for key, row in done.items() if key not in set(wanted)]
         write_atomic(out, b"".join(canonical_json(row) for row in (*(done[key] for key in wanted), *others)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from qdeploy import evaluate as module
 from qdeploy.cli import main
 from qdeploy.data import Dataset
 from qdeploy.errors import DeviceError, ModelError, RecipeError
@@ -50,7 +48,7 @@ def listed(specs: list[SubnetSpec], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def whole(elastic_run: Path, listed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scores") / "out.jsonl"
-    evaluate(elastic_run, listed, out, 1, None, quiet)
+    evaluate(elastic_run, listed, out, None, quiet)
     return out
 
 
@@ -81,7 +79,7 @@ def test_mirror_images_count_as_much_as_the_images(
     out = tmp_path / "out.jsonl"
     shutil.copy(whole, out)
     with pytest.raises(ModelError, match=r"other images \(--mirror\?\)"):
-        evaluate(elastic_run, listed, out, 1, None, quiet, mirror=True)
+        evaluate(elastic_run, listed, out, None, quiet, mirror=True)
     assert out.read_bytes() == whole.read_bytes()
 
 
@@ -100,7 +98,7 @@ def test_several_processes_and_a_kill_give_the_same_file(
         "-o",
         str(out),
     ]
-    child = subprocess.Popen([*command, "--processes", "2"], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen([*command, "--workers", "2"], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while (not out.exists() or not out.read_bytes().count(b"\n")) and time.monotonic() < deadline:
         assert child.poll() is None
@@ -114,7 +112,7 @@ def test_several_processes_and_a_kill_give_the_same_file(
     real = Judge.score
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Judge, "score", lambda self, spec: scored.append(spec) or real(self, spec))
-        rows = evaluate(elastic_run, listed, out, 1, None, quiet)
+        rows = evaluate(elastic_run, listed, out, None, quiet)
     assert held.count(b"\n") + len(scored) == len(rows) == 5
     assert out.read_bytes() == whole.read_bytes()
 
@@ -129,10 +127,10 @@ def test_results_of_others_are_kept_apart(elastic_run: Path, listed: Path, whole
         row = json.loads(whole.read_bytes().splitlines()[0]) | change
         out.write_text(json.dumps(row) + "\n")
         with pytest.raises(ModelError, match=text):
-            evaluate(elastic_run, listed, out, 1, None, quiet)
+            evaluate(elastic_run, listed, out, None, quiet)
     out.write_bytes(b"{}\n{\n")
     with pytest.raises(ModelError, match="line 1"):
-        evaluate(elastic_run, listed, out, 1, None, quiet)
+        evaluate(elastic_run, listed, out, None, quiet)
 
 
 def test_two_at_once_are_refused(elastic_run: Path, listed: Path, tmp_path: Path) -> None:
@@ -140,24 +138,7 @@ def test_two_at_once_are_refused(elastic_run: Path, listed: Path, tmp_path: Path
     with out.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(DeviceError, match="another `qdeploy evaluate`"):
-            evaluate(elastic_run, listed, out, 1, None, quiet)
-
-
-def test_a_worker_that_dies_or_fails_is_one_clear_error(
-    elastic_run: Path, specs: list[SubnetSpec], tmp_path: Path
-) -> None:
-    scores = module._spread(elastic_run, specs, None, False, 1)
-    next(scores)
-    for child in multiprocessing.active_children():
-        child.kill()
-    with pytest.raises(DeviceError, match="a worker process ended"):
-        list(scores)
-    run = tmp_path / "run"
-    shutil.copytree(elastic_run, run)
-    (run / "quantized.checkpoint").write_bytes(b"")
-    with pytest.raises(ModelError, match="not a sound qdeploy checkpoint"):
-        list(module._spread(run, specs, None, False, 1))
-    assert not multiprocessing.active_children()
+            evaluate(elastic_run, listed, out, None, quiet)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +172,10 @@ def test_commands(elastic_run: Path, specs: list[SubnetSpec], whole: Path, tmp_p
     shutil.copy(whole, scores)
     code, out, error = call("evaluate", elastic_run, "--specs", path, "-o", scores)
     assert code == 0 and "5 specs on 500 images, the best" in out and "5 of 5 specs are scored already" in error
+    code, out, error = call("evaluate", elastic_run, "--specs", path, "-o", scores, "--json", "--quiet")
+    found = json.loads(out)
+    assert code == 0 and error == "" and (found["specs"], found["images"]) == (5, 500)
+    assert set(found["best"]) == {"spec_id", "accuracy"} and found["out"] == str(scores)
     path.write_bytes(spec_lines(specs[:1]) + spec_lines([SubnetSpec("tiny", specs[0].layers)]))
     code, _, error = call("evaluate", elastic_run, "--specs", path, "-o", scores)
     assert code == 2 and "spec 2" in error and "network 'tiny'" in error

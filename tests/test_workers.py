@@ -135,7 +135,7 @@ def test_specs_are_scored_once_though_a_worker_dies(pool: Workers, elastic_run: 
     space, random = load_run(elastic_run)[1].space, Random(0)
     specs, alone, out = tmp_path / "specs", tmp_path / "alone", tmp_path / "out"
     specs.write_bytes(spec_lines([space.sample(random) for _ in range(6)]))
-    evaluate(elastic_run, specs, alone, 1, None, lambda _: None)
+    evaluate(elastic_run, specs, alone, None, lambda _: None)
     victim = min(pool._client.run(os.getpid).values())
     counts: list[int] = []
 
@@ -147,6 +147,6 @@ def test_specs_are_scored_once_though_a_worker_dies(pool: Workers, elastic_run: 
 
     killer = threading.Thread(target=killed)
     killer.start()
-    evaluate(elastic_run, specs, out, 1, None, lambda _: None, pool)
+    evaluate(elastic_run, specs, out, None, lambda _: None, pool)
     killer.join()
     assert out.read_bytes() == alone.read_bytes() and counts[0] < 6

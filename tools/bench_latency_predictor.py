@@ -4,11 +4,11 @@
     python tools/bench_latency_predictor.py FOLDER --time [--seconds N]       measure those that are compiled
     python tools/bench_latency_predictor.py FOLDER                            the table
 
-The predictor is taught as `qdeploy search` teaches it: by the networks that cover the space and some random ones. Every
-other subnet is measured twice, all of them once before any is measured again: what the two differ by is how well a
-measurement repeats, the machine's drift included. Steps can be killed and repeated: a subnet that is compiled or
-measured stays so. All subnets of a space share most kernels; each is compiled once and linked into every
-network that calls it. Few images calibrate a network: times do not depend on values.
+The predictor is taught as `qdeploy search` teaches it: by the networks that show every kernel and some random ones.
+Every other subnet is measured twice, all of them once before any is measured again: what the two differ by is how
+well a measurement repeats, the machine's drift included. Steps can be killed and repeated: a subnet that is compiled
+or measured stays so. All subnets of a space share most kernels; each is compiled once and linked into every network
+that calls it. Few images calibrate a network: times do not depend on values.
 """
 
 from __future__ import annotations
@@ -53,13 +53,15 @@ from qdeploy.quant.calibrate import reestimate_norms
 from qdeploy.quant.simulated import SimulatedNet
 from qdeploy.search.device import COVERAGE, LEAST, LinearModel, latency_features, table_of
 from qdeploy.search.encoding import Encoding
+from qdeploy.search.geometry import geometry
+from qdeploy.search.table import networks
 from qdeploy.space import SubnetSpec
 from qdeploy.subnet import to_integers
 from qdeploy.target import load_target
 from qdeploy.train.run import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
-DRAWN = 12  # random subnets that teach, beside the covering ones, as in a search
+DRAWN = 12  # random subnets that teach, beside those that show every kernel, as in a search
 ALLOWED = 0.1  # relative error that is within what is asked of a predictor
 PASSES = 2
 CALIBRATION = 8  # images
@@ -189,14 +191,14 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(values)).astype(float)
 
 
-def report(folder: Path, encoding: Encoding, taught: set[str]) -> str:
+def report(folder: Path, encoding: Encoding, shifted: np.ndarray, taught: set[str]) -> str:
     """The table; raises ModelError where too little is measured."""
     first, second = ({r["spec_id"]: r for r in lines(folder / "measured.jsonl") if r["pass"] == n} for n in (0, 1))
     teaching = [first[name] for name in sorted(taught & first.keys())]
     seen = [name for name in sorted(first.keys() - taught) if name in second]
     if len(teaching) < LEAST or len(seen) < LEAST:
         raise ModelError(f"{len(teaching)} teaching and {len(seen)} other subnets are measured: --build, then --time")
-    table = table_of(encoding, teaching)
+    table = table_of(encoding, shifted, teaching)
     if table is None:
         raise ModelError("no kernels were timed: measure on a processor")
     genomes = encoding.genomes([SubnetSpec.from_json(row["spec"]) for row in teaching])
@@ -248,15 +250,16 @@ def main() -> None:
     recipe, net = load_run(args.run)
     encoding = Encoding(net.space)
     random = np.random.default_rng(0)
-    covering = encoding.canonical(encoding.covering())
-    teach = encoding.unlike(np.concatenate([covering, encoding.spread(DRAWN, random)]), covering[:0])
+    images = calibration_set(recipe, None).images[:CALIBRATION]
+    shifted = geometry(net, encoding, images.shape[1:]).shifted
+    showing = networks(encoding, shifted)
+    teach = encoding.unlike(np.concatenate([showing, encoding.spread(DRAWN, random)]), showing[:0])
     half = args.unseen // 2
     drawn = np.concatenate([encoding.spread(2 * half, random), encoding.sample(args.unseen, random)])
     drawn = drawn[np.argsort(random.random(len(drawn)))]
     unseen = encoding.unlike(drawn, teach)[: args.unseen]
     specs = encoding.specs(np.concatenate([teach, unseen]))
     if args.build:
-        images = calibration_set(recipe, None).images[:CALIBRATION]
         factory = Factory(args.folder, net, images, resolve(load_target(args.target)))
         end = time.monotonic() + args.seconds
         for count, spec in enumerate(specs, 1):
@@ -269,7 +272,7 @@ def main() -> None:
         measure(args.folder, specs, args.seconds)
     else:
         print(machine_line(machine()))
-        print(report(args.folder, encoding, {spec.id for spec in encoding.specs(teach)}))
+        print(report(args.folder, encoding, shifted, {spec.id for spec in encoding.specs(teach)}))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
     python tools/bench_predictor.py --draw 300 -o specs.jsonl             specs to score
     qdeploy evaluate RUN --specs specs.jsonl -o scores.jsonl --mirror
     python tools/bench_predictor.py --pack scores.jsonl -o samples.json   scores as the file that ships with a run
-    python tools/bench_predictor.py [--samples FILE] [--noise N]          the table; N specs are scored image by image
+    python tools/bench_predictor.py [--noise N] [-o FILE]     the table; N of the specs are scored image by image
+
+What --noise scores is kept in -o, a line a spec: the same command goes on where a killed one stopped.
 
 Specs are drawn in three ways: `spread` as a search draws its first generation (all choices of a spec lie about equally
 high, so that costs spread from the smallest subnet to the largest), `apart` with heights of its own for architecture,
@@ -19,12 +21,13 @@ judge all specs: it can be a little better than this.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,10 +36,12 @@ from qdeploy.evaluate import Judge, read_rows, spec_lines
 from qdeploy.files import read_bytes, sha256, write_atomic
 from qdeploy.profile.latency import machine
 from qdeploy.profile.report import machine_line
+from qdeploy.progress import Counter
 from qdeploy.quant.calibrate import calibrated
 from qdeploy.search.encoding import Encoding, keys
 from qdeploy.search.predictor import WANTED_TAU, AccuracyPredictor, Quality, kendall_tau
 from qdeploy.search.samples import NAME, Samples, read_samples
+from qdeploy.space import SubnetSpec
 from qdeploy.train.run import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,15 +68,38 @@ def draw(encoding: Encoding, count: int, seed: int) -> tuple[np.ndarray, list[st
 
 
 @torch.no_grad()
-def right(judge: Judge, genomes: np.ndarray, encoding: Encoding, copies: int) -> np.ndarray:
-    """How each subnet does on each held-out image, float64 [n, images]: 1 right, 0 wrong, or the mean of its copies."""
-    labels, found = torch.from_numpy(judge.held_out.labels), []
-    images = torch.from_numpy(judge.held_out.images).float() / 255.0
-    for spec in encoding.specs(genomes):
-        net = calibrated(judge.net, spec, judge.calibration).eval()
-        said: list[Tensor] = [net(part, spec).argmax(1) for part in images.split(500)]
-        found.append((torch.cat(said) == labels).double().reshape(copies, -1).mean(0).numpy())
-    return np.stack(found)
+def counted(judge: Judge, spec: SubnetSpec, copies: int) -> str:
+    """For each held-out image how many of its `copies` (itself, its mirror image) `spec` gets right, a digit each."""
+    net = calibrated(judge.net, spec, judge.calibration).eval()
+    images = torch.from_numpy(judge.held_out.images)
+    said = [net(part.float() / 255.0, spec).argmax(1) for part in images.split(500)]
+    hits = torch.cat(said) == torch.from_numpy(judge.held_out.labels)
+    return "".join(map(str, hits.reshape(copies, -1).sum(0).tolist()))
+
+
+def right(judge: Judge, specs: Sequence[SubnetSpec], copies: int, run: str, path: Path | None) -> np.ndarray:
+    """How each subnet does on each held-out image, float64 [n, images]: 1 right, 0 wrong, or the mean of its copies.
+
+    `path` keeps what is found, for specs of checkpoint `run`.
+    """
+    about = {"run": run, "copies": copies, "images": len(judge.held_out) // copies}
+    lines = path.read_bytes().splitlines(keepends=True) if path is not None and path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]  # a killed process leaves a part of one
+    found = {row["spec_id"]: row["right"] for row in rows if about.items() <= row.items()}
+    done = sum(spec.id in found for spec in specs)
+    counter = Counter(lambda text: print(text, file=sys.stderr, flush=True), "noise", len(specs), "spec", done)
+    if path is not None and lines:
+        write_atomic(path, b"".join(line for line in lines if line.endswith(b"\n")))
+    for spec in specs:
+        if spec.id in found:
+            continue
+        found[spec.id] = counted(judge, spec, copies)
+        if path is not None:
+            with path.open("a") as file:
+                file.write(json.dumps(about | {"spec_id": spec.id, "right": found[spec.id]}) + "\n")
+        done += 1
+        counter.at(done)
+    return np.array([[int(digit) for digit in found[spec.id]] for spec in specs], np.float64) / copies
 
 
 def noise(hits: np.ndarray) -> float:
@@ -160,7 +188,8 @@ def main() -> None:
         copies = samples.images // len(judge.held_out)  # 2 where mirror images were scored too
         if copies > 1:
             judge = Judge(a.run, a.data_dir, mirror=True)
-        deviation = noise(right(judge, samples.genomes[: a.noise], encoding, copies))
+        specs = encoding.specs(samples.genomes[: a.noise])
+        deviation = noise(right(judge, specs, copies, run, a.out))
         print(f"noise of an accuracy on {samples.images} images: {deviation:.3f} points ({a.noise} specs)")
     print("\n".join(table(samples, encoding, deviation, a.seed)))
     print(machine_line(machine()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from qdeploy.errors import RecipeError
-from qdeploy.search.problem import Problem, Scored
+from qdeploy.search.problem import Problem, Question, Scored
 from qdeploy.search.strategy import State, Strategy
 
 PARENTS = 0.25  # EQ-Net: the elite's share of a generation
@@ -57,7 +57,7 @@ class Genetic(Strategy):
     Its fitness is the first objective; the constraints bound the rest, as the paper bounds average widths.
     """
 
-    def __init__(self, problem: Problem, population: int, seed: int, seeds: np.ndarray) -> None:
+    def __init__(self, problem: Question, population: int, seed: int, seeds: np.ndarray) -> None:
         super().__init__(problem, population, seed, seeds)
         self.elite = Scored(self.members.genomes, self.members.minimised, self.members.violations)
 
@@ -108,14 +108,15 @@ class Allocation(Strategy):
         self, problem: Problem, population: int, seed: int, seeds: np.ndarray, errors: np.ndarray, bytes_: np.ndarray
     ) -> None:
         super().__init__(problem, population, seed, seeds)
-        if problem.encoding.shape_count > 1 or problem.encoding.space.depths:
+        self.encoding = problem.encoding
+        if self.encoding.shape_count > 1 or self.encoding.space.depths:
             raise RecipeError("strategy allocation shares out bits, and this space varies the architecture: use nsga2")
         self.errors, self.bytes = errors, bytes_
 
     def step(self) -> bool:
         if len(self.members):
             return False
-        encoding = self.problem.encoding
+        encoding = self.encoding
         layers, fitting = encoding.space.layers, np.isfinite(self.errors)
         ratios = [self.errors[i, fitting[i]] / np.maximum(self.bytes[i, fitting[i]], 1) for i in range(len(layers))]
         positive = np.concatenate(ratios)
@@ -131,7 +132,7 @@ class Allocation(Strategy):
 
     def _genome(self, bits: np.ndarray) -> np.ndarray:
         """Weight widths [L] -> genome; activations get the width of the weights that read them, the widest of these."""
-        encoding = self.problem.encoding
+        encoding = self.encoding
         wanted = {layer.layer: int(b) for layer, b in zip(encoding.space.layers, bits, strict=True)}
         reads: dict[str, int] = {}
         for layer in encoding.space.layers:

@@ -17,7 +17,7 @@ import numpy as np
 from qdeploy.errors import ModelError
 from qdeploy.search.costs import KIB, Costs
 from qdeploy.search.encoding import Encoding, keys
-from qdeploy.search.table import LatencyTable
+from qdeploy.search.table import LatencyTable, networks
 from qdeploy.space import SubnetSpec
 
 RIDGE = 1e-3
@@ -61,18 +61,15 @@ class LinearModel:
 
 
 def latency_features(table: LatencyTable, genomes: np.ndarray) -> np.ndarray:
-    """What a latency is computed from on a processor, float64 [n, 4].
-
-    Fixed costs, summed kernel times, calls, and the times of kernels that narrow weights may make faster.
-    """
-    return np.stack([np.ones(len(genomes)), *table.sums(genomes), table.narrow(genomes)], 1)
+    """What a latency is computed from on a processor, float64 [n, 3]: fixed costs, summed kernel times, calls."""
+    return np.stack([np.ones(len(genomes)), *table.sums(genomes)], 1)
 
 
-def table_of(encoding: Encoding, rows: Sequence[Mapping[str, Any]]) -> LatencyTable | None:
+def table_of(encoding: Encoding, shifted: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> LatencyTable | None:
     """The latency table that measured subnets hold; None where the device tells no kernels (a GPU).
 
-    `rows`: results of `measure.measure`, among them every network of `Encoding.covering`; a kernel that several of them
-    call costs the median. Raises ModelError.
+    `shifted`: as `Geometry` has it. `rows`: results of `measure.measure`, among them every one of `networks`; a kernel
+    that several of them call costs the median. Raises ModelError.
     """
     if not all(row["kernels"] for row in rows):
         return None
@@ -82,18 +79,20 @@ def table_of(encoding: Encoding, rows: Sequence[Mapping[str, Any]]) -> LatencyTa
         by_genome[key] = [(layer, signature) for layer, _, signature, *_ in row["kernels"]]
         for _, _, signature, _, ms, _ in row["kernels"]:
             times.setdefault(signature, []).append(ms)
-    wanted = keys(encoding.canonical(encoding.covering()))
+    wanted = keys(networks(encoding, shifted))
     if missing := [i for i, key in enumerate(wanted) if key not in by_genome]:
-        raise ModelError(f"no measured subnet shows shape {missing[0]} of the space: remove the folder, search again")
+        raise ModelError(
+            f"no measured subnet shows the kernels of network {missing[0]}: remove the folder and search again"
+        )
     prices = {signature: median(found) for signature, found in times.items()}
-    return LatencyTable(encoding, [by_genome[key] for key in wanted], prices)
+    return LatencyTable(encoding, shifted, [by_genome[key] for key in wanted], prices)
 
 
 class DeviceModel:
     """Latency, download and peak memory of genomes on one target. `rows`: results of `measure.measure`."""
 
     def __init__(self, costs: Costs, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.costs, self.table = costs, table_of(costs.encoding, rows)
+        self.costs, self.table = costs, table_of(costs.encoding, costs.geometry.shifted, rows)
         genomes = costs.encoding.genomes([SubnetSpec.from_json(row["spec"]) for row in rows])
         features = self.features(genomes)
         self.models = {key: LinearModel(features[key], np.array([row[key] for row in rows], float)) for key in KEYS}

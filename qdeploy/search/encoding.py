@@ -6,6 +6,7 @@ gene is inactive, so two specs are equal exactly when their canonical genomes ar
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import product
@@ -15,11 +16,51 @@ import numpy as np
 from qdeploy.space import SearchSpace, SubnetSpec
 
 
-class Encoding:
+class Genomes(ABC):
+    """What a strategy needs of genomes. `counts`: how many choices each gene has, int64 [V]."""
+
+    counts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @abstractmethod
+    def active(self, genomes: np.ndarray) -> np.ndarray:
+        """Which genes say something, bool [n, V]."""
+
+    @abstractmethod
+    def canonical(self, genomes: np.ndarray) -> np.ndarray:
+        """The same choices, in the one form that equal ones share."""
+
+    def sample(self, count: int, random: np.random.Generator) -> np.ndarray:
+        """Canonical genomes, every gene drawn uniformly; one may come twice."""
+        return self.canonical(random.integers(0, self.counts, (count, len(self))))
+
+    def spread(self, count: int, random: np.random.Generator) -> np.ndarray:
+        """As `sample`, but each genome first draws how high its choices lie, so that costs spread evenly.
+
+        Uniform genes alone give costs that gather at their mean: nothing is learned of the ends.
+        """
+        level = random.random((count, 1))
+        return self.canonical(random.binomial(self.counts - 1, np.broadcast_to(level, (count, len(self)))))
+
+    def unlike(self, genomes: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """The first of each among canonical `genomes` that is not in `known`, in their order."""
+        seen = set(keys(known))
+        fresh = []
+        for i, key in enumerate(keys(genomes)):
+            if key not in seen:
+                seen.add(key)
+                fresh.append(i)
+        return genomes[fresh]
+
+
+class Encoding(Genomes):
     """Arrays that decode genomes of `space`.
 
     A *shape* is one choice of resolution, base width and a block's kernel and expansion, as one index below
     `shape_count`: all that the shape of a layer depends on. Layers outside blocks have the first kernel and expansion.
+    `kinds`: the most choices that a layer has of granularity and of symmetry, at least 1 each.
     """
 
     def __init__(self, space: SearchSpace) -> None:
@@ -33,9 +74,12 @@ class Encoding:
         self._around = (max(1, len(space.resolutions)), max(1, len(space.widths)))
         self._inside = (max(1, len(space.kernels)), max(1, len(space.expands)))
         self.shape_count = int(np.prod((*self._around, *self._inside)))
+        kinds = [(layer.granularity, layer.symmetry) for layer in space.layers]
+        self.kinds = tuple(max(1, *(len(both[i]) for both in kinds)) for i in range(2))
 
-    def __len__(self) -> int:
-        return len(self.counts)
+    def column(self, name: str) -> int | None:
+        """Where a variable's gene is; None for one that does not vary."""
+        return self._column.get(name)
 
     def _gather(self, genomes: np.ndarray, names: Sequence[str], choices: Sequence[Sequence[int]]) -> np.ndarray:
         """Values of the variables `names`, int64 [n, names]; one that does not vary has the first of its `choices`."""
@@ -59,7 +103,6 @@ class Encoding:
         return np.asarray(kept[:, block])
 
     def active(self, genomes: np.ndarray) -> np.ndarray:
-        """Which genes say something, bool [n, V]."""
         return self._kept(genomes, self._block_of)
 
     def canonical(self, genomes: np.ndarray) -> np.ndarray:
@@ -77,6 +120,14 @@ class Encoding:
         names = [f"{x.shares or x.layer} activation_bits" for x in layers]
         activations = self._gather(genomes, names, [x.activation_bits for x in layers])
         return weights * present, activations * present
+
+    def kind(self, genomes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the granularity and of the symmetry of each layer, int64 [n, L] each."""
+        fields = zip(("granularity", "symmetry"), self.kinds, strict=True)
+        found = [
+            self._gather(genomes, [f"{x} {f}" for x in self.layers], [range(n)] * len(self.layers)) for f, n in fields
+        ]
+        return found[0], found[1]
 
     def _index(self, genomes: np.ndarray, name: str) -> np.ndarray:
         """Index of a choice, int64 [n]; 0 for what does not vary."""
@@ -131,30 +182,6 @@ class Encoding:
         """Inverse of `specs`, canonical; RecipeError for a spec outside the space."""
         rows = [self.space.genes(spec) for spec in specs]
         return np.array(rows, np.int64).reshape(len(rows), len(self))
-
-    # ---- drawing ---------------------------------------------------------------------------------------------------
-
-    def sample(self, count: int, random: np.random.Generator) -> np.ndarray:
-        """Canonical genomes, every gene drawn uniformly; a spec may come twice."""
-        return self.canonical(random.integers(0, self.counts, (count, len(self))))
-
-    def spread(self, count: int, random: np.random.Generator) -> np.ndarray:
-        """As `sample`, but each genome first draws how high its choices lie, so that costs spread evenly.
-
-        Uniform genes alone give costs that gather at their mean: nothing is learned of the ends.
-        """
-        level = random.random((count, 1))
-        return self.canonical(random.binomial(self.counts - 1, np.broadcast_to(level, (count, len(self)))))
-
-    def unlike(self, genomes: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """The first of each spec among canonical `genomes` that is not in `known`, in their order."""
-        seen = set(keys(known))
-        fresh = []
-        for i, key in enumerate(keys(genomes)):
-            if key not in seen:
-                seen.add(key)
-                fresh.append(i)
-        return genomes[fresh]
 
 
 def keys(genomes: np.ndarray) -> list[bytes]:

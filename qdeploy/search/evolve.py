@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from qdeploy.progress import Counter, Echo
 from qdeploy.search.folder import read_arrays, write_arrays
 from qdeploy.search.problem import Scored
 from qdeploy.search.strategy import Strategy
 
-Echo = Callable[[str], None]
 MARGIN = 1.1  # the reference point of the hypervolume, in the first generation's ranges
-CHECKPOINT_SECONDS, PROGRESS_SECONDS = 10.0, 10.0
+CHECKPOINT_SECONDS = 10.0
 HYPERVOLUME_OBJECTIVES = 4  # the hypervolume of more takes longer than the generation
 COLUMNS = ("round", "generation", "evaluations", "feasible", "front", "hypervolume")
 
@@ -77,10 +76,11 @@ class Evolution:
 
     def run(self, echo: Echo) -> Scored:
         """The members at the end."""
-        start = kept = said = time.monotonic()
-        began = self.done
+        kept, began = time.monotonic(), self.done
+        counter = Counter(echo, f"round {self.round + 1}", self.generations, "generation", began)
         while self.done < self.generations:
             if not self.strategy.step():
+                counter.stop()
                 echo(f"generation {self.done}: nothing new to try")
                 break
             self.done += 1
@@ -89,14 +89,8 @@ class Evolution:
             if now - kept > CHECKPOINT_SECONDS:
                 self._keep()
                 kept = now
-            if now - said > PROGRESS_SECONDS or self.done == self.generations:
-                said = now
-                left = (now - start) / (self.done - began) * (self.generations - self.done)
-                row = self.history[-1]
-                echo(
-                    f"round {self.round + 1}, generation {self.done}/{self.generations}, {int(row[4])} on the front, "
-                    f"hypervolume {row[5]:.4f}, {left:.0f} s left"
-                )
+            row = self.history[-1]
+            counter.at(self.done, f"{int(row[4])} on the front, hypervolume {row[5]:.4f}")
         if self.done > began:
             self._keep()
         return self.strategy.members

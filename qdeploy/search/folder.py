@@ -53,11 +53,11 @@ def claim(out: Path, request: Mapping[str, Any]) -> None:
 
 
 def kept_geometry(path: Path) -> Geometry | None:
-    """What `keep_geometry` wrote; None where it did not."""
-    if not path.exists():
+    """What `keep_geometry` wrote; None where it did not, or another version's did."""
+    names = [field.name for field in fields(Geometry)]
+    if not path.exists() or (arrays := read_arrays(path)).keys() != set(names):
         return None
-    arrays = read_arrays(path)
-    return Geometry(*(arrays[field.name] for field in fields(Geometry)))
+    return Geometry(*(arrays[name] for name in names))
 
 
 def keep_geometry(path: Path, geometry: Geometry) -> None:

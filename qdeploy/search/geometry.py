@@ -7,6 +7,7 @@ layers x shapes prices any subnet. The networks of one shape throughout, at full
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, cast
 
 import numpy as np
@@ -28,6 +29,7 @@ class Geometry:
     `inputs`: values of the tensor that a layer reads; 0 where an earlier layer reads the same tensor at the same width.
     `coded`: [layers, shapes, bits], bytes of the coded planes at each width that the layer can have; of granularities
     and symmetries the last ones are priced.
+    `shifted`: bool [layers, shapes, bits, granularities, symmetries], whether the weights' zero point is not 0.
     `real`: bool [layers], layers left in floating point.
     """
 
@@ -36,6 +38,7 @@ class Geometry:
     channels: np.ndarray
     inputs: np.ndarray
     coded: np.ndarray
+    shifted: np.ndarray
     real: np.ndarray
 
 
@@ -67,10 +70,10 @@ def coded_bytes(codes: np.ndarray) -> int:
     return sum(len(piece.data) for piece in gather(split_cheapest(nested.u, nested.bits, bits)))
 
 
-def _with_bits(spec: SubnetSpec, layer: str, bits: int) -> SubnetSpec:
-    """`spec` with another weight width in one layer."""
-    entries = tuple(replace(entry, weight_bits=bits) if entry.layer == layer else entry for entry in spec.layers)
-    return replace(spec, layers=entries)
+def _with(spec: SubnetSpec, layer: str, bits: int, granularity: str | None, symmetry: str | None) -> SubnetSpec:
+    """`spec` with other weights in one layer."""
+    changed = replace(spec[layer], weight_bits=bits, granularity=granularity, symmetry=symmetry)
+    return replace(spec, layers=tuple(changed if entry.layer == layer else entry for entry in spec.layers))
 
 
 def geometry(net: SimulatedNet, encoding: Encoding, image: tuple[int, ...]) -> Geometry:
@@ -78,6 +81,7 @@ def geometry(net: SimulatedNet, encoding: Encoding, image: tuple[int, ...]) -> G
     specs, layers = encoding.specs(encoding.covering()), encoding.space.layers
     macs, weights, channels, inputs = (np.zeros((len(layers), len(specs)), np.int64) for _ in range(4))
     coded = np.zeros((len(layers), len(specs), MAX_BITS + 1), np.int64)
+    shifted = np.zeros((*coded.shape, *encoding.kinds), bool)
     known: dict[bytes, int] = {}  # many layers are the same in several shapes
     for shape, spec in enumerate(specs):
         subnet = net.subnet(spec)
@@ -92,10 +96,14 @@ def geometry(net: SimulatedNet, encoding: Encoding, image: tuple[int, ...]) -> G
             key = f"{step.inputs[0]} {'low' if subnet.reads_low(step) else 'stream'}"
             inputs[row, shape] = 0 if key in read else int(np.prod(source, dtype=np.int64))
             read.add(key)
-            for bits in () if subnet.is_float(step) else layer.weight_bits:
-                codes = subnet.layer_codes(step, _with_bits(spec, layer.layer, bits)).codes
-                if (content := codes.tobytes()) not in known:
-                    known[content] = coded_bytes(codes)
+            if subnet.is_float(step):
+                continue
+            kinds = product(enumerate(layer.granularity or (None,)), enumerate(layer.symmetry or (None,)))
+            for bits, ((i, granularity), (j, symmetry)) in product(layer.weight_bits, kinds):
+                found = subnet.layer_codes(step, _with(spec, layer.layer, bits, granularity, symmetry))
+                shifted[row, shape, bits, i, j] = found.zero_point != 0
+                if (content := found.codes.tobytes()) not in known:
+                    known[content] = coded_bytes(found.codes)
                 coded[row, shape, bits] = known[content]
     real = np.array([net.is_float(net.steps[layer.layer]) for layer in layers], bool)
-    return Geometry(macs, weights, channels, inputs, coded, real)
+    return Geometry(macs, weights, channels, inputs, coded, shifted, real)

@@ -16,8 +16,8 @@ from pymoo.core.mutation import Mutation
 from pymoo.core.population import Population
 from pymoo.core.termination import NoTermination
 
-from qdeploy.search.encoding import Encoding, keys
-from qdeploy.search.problem import Problem, Scored
+from qdeploy.search.encoding import Genomes, keys
+from qdeploy.search.problem import Question, Scored
 from qdeploy.search.strategy import State, Strategy
 
 CROSSOVER = 0.06  # probability that a gene comes from the other parent
@@ -28,9 +28,9 @@ UNRANKED = -1  # of an infeasible member
 class _Problem(pymoo.core.problem.Problem):
     """Our problem as pymoo asks for it."""
 
-    def __init__(self, problem: Problem) -> None:
-        encoding, targets = problem.encoding, problem.targets
-        constraints = sum(1 for bound in problem.bounds if not bound.what.target) + bool(targets)
+    def __init__(self, problem: Question) -> None:
+        encoding = problem.encoding
+        constraints = problem.score(np.zeros((1, len(encoding)), np.int64)).violations.shape[1]
         super().__init__(
             n_var=len(encoding), n_obj=len(problem.objectives), n_ieq_constr=constraints, xl=0, xu=encoding.counts - 1
         )
@@ -44,7 +44,7 @@ class _Problem(pymoo.core.problem.Problem):
 class _Exchange(Crossover):
     """Two parents exchange genes; one that is inactive in a parent comes from the other."""
 
-    def __init__(self, encoding: Encoding) -> None:
+    def __init__(self, encoding: Genomes) -> None:
         super().__init__(2, 2, prob=1.0)
         self.encoding = encoding
 
@@ -59,7 +59,7 @@ class _Exchange(Crossover):
 class _Change(Mutation):
     """Genes change to one of their other choices; genes of blocks that come anew are drawn uniformly."""
 
-    def __init__(self, encoding: Encoding) -> None:
+    def __init__(self, encoding: Genomes) -> None:
         super().__init__(prob=1.0)
         self.encoding = encoding
         self.probability = max(MUTATION, 1.0 / max(1, len(encoding)))
@@ -88,7 +88,7 @@ class _Same(DuplicateElimination):
 class Nsga2(Strategy):
     """NSGA-II; the survivors of a generation are `members`."""
 
-    def __init__(self, problem: Problem, population: int, seed: int, seeds: np.ndarray) -> None:
+    def __init__(self, problem: Question, population: int, seed: int, seeds: np.ndarray) -> None:
         super().__init__(problem, population, seed, seeds)
         self._problem = _Problem(problem)
         self._algorithm: Any = None

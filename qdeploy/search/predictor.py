@@ -11,6 +11,8 @@ samples suffice for, says the main part and the MLP what is left of it, as far a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,9 +28,12 @@ EPOCHS, BATCH = 60, 64
 STEPS = (300, 3000)  # at least and at most
 RIDGES = tuple(10.0 ** (power / 2) for power in range(-4, 9))
 LEARNING_RATE, WEIGHT_DECAY = 4e-3, 2e-2
+WARM_UP = 0.1  # of the steps
+SQUARE_DECAY = 0.999
 SAMPLES_LEAST = 2 * MEMBERS
 WANTED_TAU = 0.8  # of held-out specs; below it, more samples are asked for
 DOUBT = 2.0  # how many times more than on the samples members may differ on what is asked about
+MOST_GROWTH = 4.0  # of the samples that a learning curve can speak of: as far as it goes the other way
 CURVE = (0.25, 0.5)  # parts of the samples whose quality is measured too
 
 
@@ -99,6 +104,42 @@ def folds(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(np.arange(count) % MEMBERS)
 
 
+class _AdamW:
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2) whose rate and first decay go through one cycle of `steps` (Smith
+    and Topin 2018): up to LEARNING_RATE in a tenth of it, then down to nearly 0, decay the other way, along cosines.
+
+    torch.optim has both; to make one of its optimizers imports torch's compiler, which takes longer than this training.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], steps: int) -> None:
+        self.parameters, self.steps, self.done = list(parameters), steps, 0
+        self.mean = [torch.zeros_like(one) for one in self.parameters]
+        self.square = [torch.zeros_like(one) for one in self.parameters]
+
+    def _now(self) -> tuple[float, float]:
+        """Learning rate and decay of the mean."""
+        top = WARM_UP * self.steps - 1
+        up = self.done <= top
+        at = self.done / top if up else (self.done - top) / (self.steps - 1 - top)
+        cosine = (1 + math.cos(math.pi * at)) / 2  # 1 -> 0
+        first, last = (1 / 25, 1.0) if up else (1.0, 1 / 25e4)
+        low, high = (0.95, 0.85) if up else (0.85, 0.95)
+        return LEARNING_RATE * (last + (first - last) * cosine), high + (low - high) * cosine
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step along the gradients, which are cleared."""
+        rate, decay = self._now()
+        self.done += 1
+        for one, mean, square in zip(self.parameters, self.mean, self.square, strict=True):
+            assert one.grad is not None
+            mean.lerp_(one.grad, 1 - decay)
+            square.mul_(SQUARE_DECAY).addcmul_(one.grad, one.grad, value=1 - SQUARE_DECAY)
+            wide = (square / (1 - SQUARE_DECAY**self.done)).sqrt_().add_(1e-8)
+            one.mul_(1 - rate * WEIGHT_DECAY).addcdiv_(mean, wide, value=-rate / (1 - decay**self.done))
+            one.grad = None
+
+
 def _fit(x: np.ndarray, y: np.ndarray, part: np.ndarray, seed: int) -> _Ensemble:
     """Member k learns from the samples outside part k; `y` float32 [members, n], of deviation about 1 or less."""
     network = _Ensemble(x.shape[1], seed)
@@ -107,16 +148,13 @@ def _fit(x: np.ndarray, y: np.ndarray, part: np.ndarray, seed: int) -> _Ensemble
     generator = torch.Generator().manual_seed(seed)
     batch = min(BATCH, *(len(rows) for rows in own))
     steps = min(max(STEPS[0], EPOCHS * len(x) // batch), STEPS[1])
-    optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    optimizer = _AdamW(network.parameters(), steps)
     for _ in range(steps):
         picked = torch.stack([rows[torch.randint(len(rows), (batch,), generator=generator)] for rows in own])
         wanted = targets.gather(1, picked)
         loss = nn.functional.smooth_l1_loss(network(inputs[picked]), wanted, reduction="sum") / batch
-        optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
-        schedule.step()
     return network
 
 
@@ -176,7 +214,7 @@ class AccuracyPredictor:
         return np.asarray((hidden @ self._weights[-1][k] + self._biases[-1][k] + x @ self._linear[k])[:, 0])
 
     def advice(self) -> str:
-        """Whether the samples suffice; if not, about how many do, by the learning curve."""
+        """Whether the samples suffice; if not, about how many do, where a learning curve says it."""
         q = self.quality
         text = f"accuracy predictor: {q.samples} samples, Kendall tau {q.tau:.2f}, mean error {q.mae:.2f} points"
         if q.tau >= WANTED_TAU:
@@ -184,15 +222,15 @@ class AccuracyPredictor:
         first = self.curve[0]
         text += f": tau {WANTED_TAU} is wanted"
         if first.samples == q.samples:
-            return f"{text}, score about {2 * q.samples} specs"
-        if first.tau >= q.tau:
-            return (
-                f"{text}, but more samples have not raised it: score {2 * q.samples}, or hold out more images if "
-                "accuracies differ by less than their noise"
-            )
+            return text
         slope = np.log((1 - first.tau) / (1 - q.tau)) / np.log(q.samples / first.samples)
-        needed = q.samples * ((1 - q.tau) / (1 - WANTED_TAU)) ** (1 / slope)
-        return f"{text}, score about {int(min(needed, 10 * q.samples)):d} specs"
+        growth = ((1 - q.tau) / (1 - WANTED_TAU)) ** (1 / slope) if slope > 0 else np.inf
+        if growth <= MOST_GROWTH:
+            return f"{text}, score about {int(growth * q.samples):d} specs"
+        return (
+            f"{text}, but {q.samples} samples have hardly raised it above what {first.samples} gave: hold out more "
+            "images if accuracies differ by less than their noise"
+        )
 
     def doubt(self, x: np.ndarray) -> str:
         """Words where the members agree much less on `x` than on the samples; "" where the samples cover it."""

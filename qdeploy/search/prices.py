@@ -1,13 +1,12 @@
 """`qdeploy latency-table`: measure the kernels that a space needs on a target, and those alone, into a database.
 
-The networks of `Encoding.covering` show every kernel. One whose kernels all have a price already is not compiled; one
+The `networks` of the table show every kernel. One whose kernels all have a price already is not compiled; one
 that the database has seen is not even extracted. Killed, the same command goes on.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +16,17 @@ from qdeploy.extract import calibration_set
 from qdeploy.files import read_bytes, sha256
 from qdeploy.profile.database import Key, LatencyDatabase, Timed
 from qdeploy.profile.signature import compiler_version, fingerprint, signatures
+from qdeploy.progress import Counter, Echo
 from qdeploy.qdq import arrays, load_model
 from qdeploy.quant.calibrate import CALIBRATION_BATCH
 from qdeploy.search.encoding import Encoding
+from qdeploy.search.geometry import geometry
 from qdeploy.search.measure import Builder, Device, named
-from qdeploy.search.table import LatencyTable
+from qdeploy.search.table import LatencyTable, networks
 from qdeploy.space import SubnetSpec
 from qdeploy.subnet import check_integer
 from qdeploy.target import Target, local_gpu
 from qdeploy.train.run import load_run
-
-Echo = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -100,11 +99,12 @@ def fill(
     filling = _Filling(Builder(net, recipe.name, images, target), database, device, digest)
     if others := database.others(filling.key):
         echo(f"{others} kernels of another compiler version are in {database.path}: they are not used")
-    covering = encoding.specs(encoding.canonical(encoding.covering()))
-    calls = []
-    for count, spec in enumerate(covering, 1):
+    shifted = geometry(net, encoding, images.shape[1:]).shifted
+    showing = encoding.specs(networks(encoding, shifted))
+    calls, counter = [], Counter(echo, target.name, len(showing), "network")
+    for count, spec in enumerate(showing, 1):
         calls.append(filling.calls(spec))
-        echo(f"{target.name}: network {count}/{len(covering)}, {len(filling.measured)} kernels measured")
-    table = LatencyTable(encoding, calls, database.prices(filling.key))
+        counter.at(count, f"{len(filling.measured)} kernels measured")
+    table = LatencyTable(encoding, shifted, calls, database.prices(filling.key))
     signs = {signature for network in calls for _, signature in network}
     return Filled(table, len(signs), len(filling.measured), filling.networks)

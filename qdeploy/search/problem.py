@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from qdeploy.errors import RecipeError
-from qdeploy.search.encoding import Encoding
+from qdeploy.search.encoding import Encoding, Genomes
 from qdeploy.search.objectives import Bound, Measured
 
 Values = dict[str, np.ndarray]  # {Measured.key: float64 [n]}
@@ -54,9 +55,41 @@ class Scored:
         return np.asarray(index[is_nondominated(self.minimised[index], keep_weakly=False)])
 
 
+class Question(ABC):
+    """What a strategy optimises over genomes."""
+
+    encoding: Genomes
+    objectives: tuple[Measured, ...]
+    bounds: tuple[Bound, ...]
+
+    @abstractmethod
+    def score(self, genomes: np.ndarray) -> Scored:
+        """Canonical genomes with their values."""
+
+    @abstractmethod
+    def bounded(self, genomes: np.ndarray) -> Values:
+        """Of each genome what the bounds are about."""
+
+    def check_reachable(self, seen: Scored) -> None:
+        """Raise RecipeError with the nearest reachable values unless some member of `seen` is feasible."""
+        if seen.feasible.any():
+            return
+        values = self.bounded(seen.genomes)
+        nearest = int(np.argmin(np.maximum(seen.violations, 0).sum(1)))
+        parts = []
+        for bound in self.bounds:
+            column = values[bound.what.key]
+            reached = column.max() if bound.what.quantity.maximised else column.min()
+            parts.append(
+                f"{bound.what.key} {bound.sign} {bound.limit:g} ({reached:.4g} is reachable alone, "
+                f"{column[nearest]:.4g} in the subnet nearest to all)"
+            )
+        raise RecipeError(f"no subnet found that keeps {', '.join(parts)}: ease the limits")
+
+
 @dataclass(frozen=True)
-class Problem:
-    """What to optimise over `encoding`'s genomes; `predict` values whole populations.
+class Problem(Question):
+    """Subnets: `predict` values whole populations.
 
     Bounds of no target must all hold. Bounds of several targets: a subnet serves a device class when it keeps that
     target's, and it is feasible when it serves at least one.
@@ -78,7 +111,6 @@ class Problem:
         return np.asarray(np.max(rows, axis=0))
 
     def score(self, genomes: np.ndarray) -> Scored:
-        """Canonical genomes with their values."""
         values = self.predict(genomes)
         signs = [-1.0 if measured.quantity.maximised else 1.0 for measured in self.objectives]
         rows = [sign * values[measured.key] for sign, measured in zip(signs, self.objectives, strict=True)]
@@ -91,18 +123,5 @@ class Problem:
             columns.append(np.min([self.violated(values, target) for target in self.targets], axis=0))
         return np.stack(columns, axis=1) if columns else np.zeros((count, 0))
 
-    def check_reachable(self, seen: Scored) -> None:
-        """Raise RecipeError with the nearest reachable values unless some member of `seen` is feasible."""
-        if seen.feasible.any():
-            return
-        values = self.predict(seen.genomes)
-        nearest = int(np.argmin(np.maximum(seen.violations, 0).sum(1)))
-        parts = []
-        for bound in self.bounds:
-            column = values[bound.what.key]
-            reached = column.max() if bound.what.quantity.maximised else column.min()
-            parts.append(
-                f"{bound.what.key} {bound.sign} {bound.limit:g} ({reached:.4g} is reachable alone, "
-                f"{column[nearest]:.4g} in the subnet nearest to all)"
-            )
-        raise RecipeError(f"no subnet found that keeps {', '.join(parts)}: ease the limits")
+    def bounded(self, genomes: np.ndarray) -> Values:
+        return self.predict(genomes)

@@ -25,9 +25,9 @@ from qdeploy.quant.calibrate import CALIBRATION_BATCH
 from qdeploy.quant.network import QuantNet
 from qdeploy.search import folder as names
 from qdeploy.search.baselines import Allocation, Genetic, RandomSearch
-from qdeploy.search.chain import measured_chain
+from qdeploy.search.chain import Fleet, measured_chain
 from qdeploy.search.costs import Costs
-from qdeploy.search.device import LEAST, DeviceModel
+from qdeploy.search.device import DeviceModel
 from qdeploy.search.encoding import Encoding
 from qdeploy.search.evolve import COLUMNS, Evolution, Frame
 from qdeploy.search.front import NAME, Bar, Foretold, Front, Member, agreement, table
@@ -36,9 +36,10 @@ from qdeploy.search.measure import Builder, Building, Device, LocalDevice, Measu
 from qdeploy.search.nsga2 import Nsga2
 from qdeploy.search.objectives import near, parse_bounds, parse_objectives
 from qdeploy.search.predictor import AccuracyPredictor
-from qdeploy.search.problem import Problem, Scored, Values
+from qdeploy.search.problem import Problem, Question, Scored, Values
 from qdeploy.search.samples import read_samples
 from qdeploy.search.strategy import Strategy
+from qdeploy.search.table import networks
 from qdeploy.space import SubnetSpec
 from qdeploy.subnet import check_integer
 from qdeploy.target import Target
@@ -48,7 +49,8 @@ from qdeploy.workers import Workers
 Echo = Callable[[str], None]
 Ends = dict[str, tuple[np.ndarray, np.ndarray]]  # {Measured.key: (low, high) [n] each}
 STRATEGIES = ("nsga2", "random", "genetic", "allocation")
-DRAWN = 8  # random subnets measured on a device beside those that show every shape
+IMPROVED = 40  # generations that a fleet's chains are searched on for after a measurement
+DRAWN = 8  # random subnets measured on a device beside those that show every kernel
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,17 @@ class Search:
     """One search folder; `run` goes on where a killed one stopped.
 
     `devices`: what each target is measured on, by its name; "" is for the others (default: this process).
-    `workers`: score specs and build subnets in place of this machine's processes.
+    `workers`: score specs and build subnets in place of this process.
     `scored`: samples of the run (qdeploy.search.samples), which count among those scored before the first round.
     """
 
     def __init__(
         self, run: Path, request: Request, seeds: Sequence[SubnetSpec], out: Path, data_dir: Path | None,
-        processes: int, echo: Echo, devices: Mapping[str, Device] | None = None, workers: Workers | None = None,
+        echo: Echo, devices: Mapping[str, Device] | None = None, workers: Workers | None = None,
         scored: Path | None = None,
     ) -> None:  # fmt: skip
         self.run_folder, self.request, self.out = run, request, out
-        self.data_dir, self.processes, self.echo, self.workers = data_dir, processes, echo, workers
+        self.data_dir, self.echo, self.workers = data_dir, echo, workers
         self.devices = dict(devices or {"": LocalDevice()})
         targets = [target.name for target in request.targets]
         self.objectives = tuple(parse_objectives(request.objectives, targets))
@@ -111,6 +113,12 @@ class Search:
         wanted |= {"targets": [_identity(target) for target in request.targets]}
         wanted |= {"space": self.net.space.id, "run": self.digest, "seeds": [spec.id for spec in seeds]}
         held = None if scored is None else read_samples(scored, self.encoding, self.digest)
+        images = (self.recipe.data.held_out or 0) * (2 if request.mirror else 1)
+        if held is not None and held.images != images:
+            raise RecipeError(
+                f"{scored} holds scores on {held.images} images, and this search scores on {images}: "
+                + ("leave --mirror out" if request.mirror else "add --mirror, or leave --scored out")
+            )
         wanted |= {"scored": None if held is None else sha256(held.to_bytes())[:12]}
         names.claim(out, wanted)
         self.given = self.known[:0]
@@ -149,9 +157,9 @@ class Search:
             )
             for target in self.targets
         }
-        covering = self.encoding.canonical(self.encoding.covering())
-        extra = self.encoding.spread(max(DRAWN, LEAST - len(covering)), random)
-        self.measure(self.encoding.unlike(np.concatenate([covering, extra]), covering[:0]))
+        showing = networks(self.encoding, found.shifted)
+        extra = self.encoding.spread(DRAWN, random)
+        self.measure(self.encoding.unlike(np.concatenate([showing, extra]), showing[:0]))
 
     def spread(self, calibration: np.ndarray, target: Target) -> Spread | None:
         """What builds subnets elsewhere; None without workers."""
@@ -168,9 +176,7 @@ class Search:
         if fresh:
             write_atomic(path, spec_lines([*held, *fresh]))
         scores = self.out / names.SCORES
-        rows = evaluate(
-            self.run_folder, path, scores, self.processes, self.data_dir, self.echo, self.workers, self.request.mirror
-        )
+        rows = evaluate(self.run_folder, path, scores, self.data_dir, self.echo, self.workers, self.request.mirror)
         self.accuracy = {row["spec_id"]: float(row["accuracy"]) for row in rows}
         self.scored = self.encoding.genomes([SubnetSpec.from_json(row["spec"]) for row in rows])
 
@@ -214,7 +220,11 @@ class Search:
             for row in rows
         ]
 
-    def strategy(self, problem: Problem, seeds: np.ndarray, round_: int) -> Strategy:
+    def asked(self, problem: Problem) -> Problem | Fleet:
+        """What is searched: subnets, or where bounds name several targets chains of levels."""
+        return Fleet.of(problem) if len(problem.targets) > 1 else problem
+
+    def strategy(self, problem: Problem | Fleet, seeds: np.ndarray, round_: int) -> Strategy:
         """The way to search that was asked for."""
         arguments = (problem, self.request.population, self.request.seed + round_, seeds)
         simple: dict[str, type[Strategy]] = {"nsga2": Nsga2, "random": RandomSearch, "genetic": Genetic}
@@ -222,32 +232,47 @@ class Search:
             return simple[self.request.strategy](*arguments)
         if not isinstance(self.net, QuantNet):
             raise RecipeError("strategy allocation shares out the bit planes of a run of method vertical: use nsga2")
-        return Allocation(*arguments, *allocation_tables(self.net, self.encoding))
+        if isinstance(problem, Fleet):
+            raise RecipeError("strategy allocation serves one device class: use nsga2 for limits of several targets")
+        return Allocation(problem, *arguments[1:], *allocation_tables(self.net, self.encoding))
 
-    def check_reachable(self, problem: Problem) -> None:
+    def check_reachable(self, problem: Question) -> None:
         """Refuse a limit that even the least genome breaks, before hours are spent."""
         if not self.bounds:
             return
         random = np.random.default_rng(self.request.seed)
-        least = np.zeros((1, len(self.encoding)), np.int64)
-        seen = problem.score(np.concatenate([least, self.encoding.spread(1000, random)]))
+        least = np.zeros((1, len(problem.encoding)), np.int64)
+        seen = problem.score(np.concatenate([least, problem.encoding.spread(1000, random)]))
         hopeless = (seen.violations > 0).all(0) & (seen.violations.argmin(0) == 0)
         if hopeless.any():
             problem.check_reachable(seen)
 
-    def round(self, number: int, seeds: np.ndarray) -> Scored:
-        """Search, then score and measure a spread part of the front; returns the members."""
+    def round(self, number: int, seeds: np.ndarray | None) -> Scored:
+        """Search, then score and measure a spread part of the front; returns the members. `seeds`: known ones."""
         problem = self.problem()
-        self.check_reachable(problem)
+        asked = self.asked(problem)
+        self.check_reachable(asked)
+        if seeds is None:
+            seeds = self.known
+            if self.request.strategy != "random":
+                seeds = np.concatenate([self.known, self.samples[-16:]])
+            seeds = asked.encoding.alike(seeds) if isinstance(asked, Fleet) else seeds
         path = self.out / f"round-{number + 1}.npz"
-        evolution = Evolution(self.strategy(problem, seeds, number), self.request.generations, path, number)
+        evolution = Evolution(self.strategy(asked, seeds, number), self.request.generations, path, number)
         members = evolution.run(self.echo)
         self.history += evolution.history
-        problem.check_reachable(members)
-        chosen = spread_part(members, self.request.measured)
-        self.foretell(number, problem, members.genomes[chosen])
-        self.learn(members.genomes[chosen])
+        asked.check_reachable(members)
+        count = -(-self.request.measured // max(1, len(problem.targets)))
+        genomes = self.subnets(asked, members.genomes[spread_part(members, count)])
+        self.foretell(number, problem, genomes)
+        self.learn(genomes)
         return members
+
+    def subnets(self, asked: Problem | Fleet, genomes: np.ndarray) -> np.ndarray:
+        """The subnets, each once, that genomes of what is asked consist of."""
+        if isinstance(asked, Fleet):
+            genomes = asked.encoding.levels(genomes).reshape(-1, len(self.encoding))
+        return self.encoding.unlike(genomes, self.known[:0])
 
     def learn(self, genomes: np.ndarray) -> None:
         """Score and measure specs for real."""
@@ -270,32 +295,38 @@ class Search:
     def run(self) -> Front:
         """All rounds; writes and returns the front."""
         self.prepare()
-        seeds = self.known if self.request.strategy == "random" else np.concatenate([self.known, self.samples[-16:]])
         self.history: list[list[float]] = []
-        members: Scored | None = None
+        seeds: np.ndarray | None = None
         for number in range(self.request.rounds):
             members = self.round(number, seeds)
-            seeds = np.concatenate([self.known, members.genomes[members.front]])
-        assert members is not None
+            seeds = members.genomes[members.front]
         problem = self.problem()
-        front = self.front(problem, members)
+        asked = self.asked(problem)
+        genomes = self.subnets(asked, members.genomes)
+        front = self.front(problem, genomes)
         self.write(front)
-        if len(self.targets) > 1 and self.scores and problem.targets:
-            self.fleet(members)
-            front = self.front(self.problem(), members)
+        if isinstance(asked, Fleet):
+            self.fleet(members.genomes)
+            front = self.front(self.problem(), genomes)
             self.write(front)
         return front
 
-    def fleet(self, members: Scored) -> None:
+    def fleet(self, genomes: np.ndarray) -> None:
         """Write a level for each device class: they nest, and each keeps its class's limits as measured."""
-        genomes = self.encoding.unlike(np.concatenate([members.genomes, self.known_values()[0]]), self.known[:0])
-        chain = measured_chain(self.problem, genomes, self.known_values, self.learn)
-        for target, genome in chain.levels:
+        for target, genome in measured_chain(self.problem, genomes, self.known_values, self.learn, self.improved):
             spec = self.encoding.specs(genome[None])[0]
             write_atomic(self.out / "levels" / f"{target}.json", canonical_json(spec.to_json()))
-            row = self.measurements[target].rows[spec.id]
-            said = ", ".join(f"{key} {row[key]:.4g}" for key in ("latency_ms", "download_kib", "peak_memory_kib"))
-            self.echo(f"level for {target}: {spec.id}, accuracy {self.accuracy[spec.id]:.2f}, {said}")
+            values = self.measured(spec, {})
+            said = ", ".join(f"{key} {values[key]:.4g}" for key in values if key.endswith(f"@{target}"))
+            said += f", accuracy {values['accuracy']:.2f}" if self.scores else ""
+            self.echo(f"level for {target}: {spec.id}, {said}")
+
+    def improved(self, fleet: Fleet, genomes: np.ndarray) -> np.ndarray:
+        """Chains after some more generations, from `genomes`."""
+        strategy = self.strategy(fleet, genomes, self.request.rounds)
+        for _ in range(min(IMPROVED, self.request.generations)):
+            strategy.step()
+        return strategy.members.genomes
 
     def known_values(self) -> tuple[np.ndarray, Values]:
         """Canonical genomes that were scored and measured on every target, and their values."""
@@ -320,11 +351,11 @@ class Search:
             found |= {f"{key}@{target}": float(row[key]) for key in ("latency_ms", "download_kib", "peak_memory_kib")}
         return found
 
-    def front(self, problem: Problem, members: Scored) -> Front:
+    def front(self, problem: Problem, subnets: np.ndarray) -> Front:
         """Measured subnets that nothing measured dominates, then those of the last round that are predicted only."""
-        again = problem.score(members.genomes)
+        again = problem.score(subnets)
         last = again.genomes[again.front]
-        known = self.scored if self.scores else members.genomes[:0]
+        known = self.scored if self.scores else subnets[:0]
         genomes = self.encoding.unlike(np.concatenate([known, last]), known[:0])
         values, specs, bars = problem.predict(genomes), self.encoding.specs(genomes), self.bars(genomes)
         rows = []

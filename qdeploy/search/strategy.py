@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from qdeploy.search.problem import Problem, Scored
+from qdeploy.search.problem import Question, Scored
 
 State = dict[str, np.ndarray]
 
@@ -18,7 +18,7 @@ class Strategy(ABC):
     `seeds`: canonical genomes of known specs that the first generation contains.
     """
 
-    def __init__(self, problem: Problem, population: int, seed: int, seeds: np.ndarray) -> None:
+    def __init__(self, problem: Question, population: int, seed: int, seeds: np.ndarray) -> None:
         self.problem, self.size, self.seeds = problem, population, seeds
         self.random = np.random.default_rng(seed)
         self.members = Scored(seeds[:0], np.zeros((0, len(problem.objectives))), np.zeros((0, 0)))

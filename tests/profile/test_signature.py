@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, numpy_helper
 
 from qdeploy.compile.artifact import Artifact, load_artifact
 from qdeploy.compile.pipeline import compile_model
@@ -58,6 +58,19 @@ def test_equal_code_has_one_signature(target: Target, tmp_path: Path) -> None:
     larger = kernels_of(network(10, 2), tmp_path, target)
     assert [kernel.operator for kernel in larger] == [kernel.operator for kernel in two]
     assert all(a.signature != b.signature for a, b in zip(larger, two, strict=True) if a.operator == "conv")
+
+
+def test_weights_with_a_zero_point_have_a_signature_of_their_own(tmp_path: Path) -> None:
+    """Kernels find out at run time that they must sum their inputs."""
+    model = network(8, 2)
+    before = kernels_of(model, tmp_path, HOST)
+    held = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = {name for name, tensor in held.items() if len(tensor.dims) == 4}  # noqa: PLR2004
+    zero = next(held[node.input[2]] for node in model.graph.node if node.input[0] in weights)
+    zero.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(zero) + np.int8(3), zero.name))
+    after = kernels_of(model, tmp_path, HOST)
+    changed = [(a.layer, a.operator) for a, b in zip(before, after, strict=True) if a.signature != b.signature]
+    assert changed and {operator for _, operator in changed} == {"conv"}
 
 
 @pytest.mark.parametrize("target", [HOST, GPU], ids=["processor", "gpu"])

@@ -4,12 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from qdeploy.errors import ModelError, RecipeError
-from qdeploy.search.chain import best_chain, measured_chain
-from qdeploy.search.encoding import Encoding, keys
+from qdeploy.search.encoding import Encoding
 from qdeploy.search.front import Foretold, Front, Member, agreement, knee, pick, read_front, table
 from qdeploy.search.objectives import parse_bounds, parse_objectives
 from tests.search.spaces import everything, problem, small_space
@@ -103,58 +101,6 @@ def test_bad_requests_say_what_to_write() -> None:
         "latency_ms@b",
     ]
     assert [b.what.key for b in parse_bounds(["latency_ms=5"], ["a", "b"])] == ["latency_ms@a", "latency_ms@b"]
-
-
-def test_a_chain_nests_and_keeps_each_class_its_limits() -> None:
-    limits = ("latency_ms@weak=9", "latency_ms@strong=6")
-    asked = problem(small_space(2, (2, 3, 4)), ("accuracy", "bitops"), limits, targets=("strong", "weak"))
-    genomes = everything(asked.encoding)
-    chosen = genomes[np.random.default_rng(0).permutation(len(genomes))[:400]]
-    chain = best_chain(asked, chosen)
-    specs = asked.encoding.specs(np.stack([genome for _, genome in chain.levels]))
-    assert {target for target, _ in chain.levels} == {"weak", "strong"}
-    assert specs[0].nests_in(specs[1])
-    for target, genome in chain.levels:
-        assert asked.violated(asked.predict(genome[None]), target)[0] <= 0
-    truth = best_chain(asked, genomes)
-    assert chain.accuracy <= truth.accuracy + 1e-9
-    tight = problem(small_space(2), limits=("latency_ms@a=0.001", "latency_ms@b=9"), targets=("a", "b"))
-    with pytest.raises(RecipeError, match="no architecture"):
-        best_chain(tight, everything(tight.encoding))
-
-
-def test_a_chain_is_not_believed_before_it_is_measured() -> None:
-    """Latencies turn out up to 60% above what is predicted, differently for each subnet and target."""
-    limits = ("latency_ms@strong=9", "latency_ms@weak=9")
-    asked = problem(small_space(2, (2, 3, 4)), ("accuracy",), limits, targets=("strong", "weak"))
-    genomes, seen = everything(asked.encoding), []
-
-    def truth(rows: np.ndarray) -> dict[str, np.ndarray]:
-        values = asked.predict(rows)
-        for i, target in enumerate(asked.targets):
-            values[f"latency_ms@{target}"] = values[f"latency_ms@{target}"] * (1 + 0.1 * (rows.sum(1) * (i + 3) % 7))
-        return values
-
-    def known() -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        rows = np.concatenate(seen) if seen else genomes[:0]
-        return rows, truth(rows)
-
-    chain = measured_chain(lambda: asked, genomes, known, seen.append)
-    assert 1 < len(seen) < 8
-    with pytest.MonkeyPatch.context() as patch:  # when tries are used up, what was measured still counts
-        patch.setattr("qdeploy.search.chain.CHAINS", 0)
-        held = measured_chain(lambda: asked, genomes, known, seen.append)
-        assert all(key in set(keys(known()[0])) for key in keys(np.stack([genome for _, genome in held.levels])))
-        assert all(asked.violated(truth(genome[None]), target)[0] <= 0 for target, genome in held.levels)
-        seen_before = seen.copy()
-        seen.clear()
-        with pytest.raises(RecipeError, match="broke a limit"):
-            measured_chain(lambda: asked, genomes, known, seen.append)
-        seen.extend(seen_before)
-    for target, genome in chain.levels:
-        assert asked.violated(truth(genome[None]), target)[0] <= 0
-    specs = asked.encoding.specs(np.stack([genome for _, genome in chain.levels]))
-    assert specs[0].nests_in(specs[1])
 
 
 def test_limits_from_below() -> None:

@@ -4,6 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 
 from qdeploy.errors import ModelError
 from qdeploy.search import predictor as module
@@ -77,8 +78,11 @@ def test_advice_says_how_many_samples_suffice() -> None:
     assert "tau 0.8 is wanted, score about 450 specs" in rising.advice()
     assert "wanted" not in predictor_with([Quality(50, 0.4, 1.0), Quality(200, 0.8, 0.5)]).advice()
     flat = predictor_with([Quality(50, 0.5, 1.0), Quality(200, 0.5, 1.0)]).advice()
-    assert "have not raised it: score 400, or hold out more images" in flat
-    assert "score about 40 specs" in predictor_with([Quality(20, 0.5, 1.0)]).advice()
+    assert "but 200 samples have hardly raised it above what 50 gave: hold out more images" in flat
+    slow = predictor_with([Quality(62, 0.78, 0.2), Quality(249, 0.79, 0.2)]).advice()
+    assert "hardly raised" in slow and "score about" not in slow
+    unknown = predictor_with([Quality(20, 0.5, 1.0)]).advice()
+    assert unknown.endswith("mean error 1.00 points: tau 0.8 is wanted")  # no curve, no number
 
 
 def test_members_that_disagree_ask_for_samples_like_these(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +106,28 @@ def test_noise_asks_for_more_samples_and_few_are_refused(monkeypatch: pytest.Mon
     assert noise.quality.tau < 0.5 and "is wanted" in noise.advice()
     with pytest.raises(ModelError, match="score 10 or more"):
         AccuracyPredictor(x[:9], np.zeros(9))
+
+
+@pytest.mark.parametrize("steps", [40, 300])
+def test_the_optimizer_is_torchs_adamw_in_one_cycle(steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(3, 4, generator=generator)) for _ in range(2)]
+    theirs = [torch.nn.Parameter(one.detach().clone()) for one in ours]
+    mine = module._AdamW(ours, steps)
+    adamw = torch.optim.AdamW(theirs, module.LEARNING_RATE, weight_decay=module.WEIGHT_DECAY)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        adamw, module.LEARNING_RATE, total_steps=steps, pct_start=module.WARM_UP
+    )
+    for _ in range(steps):
+        wanted = torch.randn(3, 4, generator=generator)
+        for first, second in (ours, theirs):
+            torch.autograd.backward(((first * second - wanted) ** 2).sum())
+        mine.step()
+        adamw.step()
+        adamw.zero_grad()
+        cycle.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-6)
 
 
 def test_conditions_reach_the_input() -> None:

@@ -155,6 +155,8 @@ def test_samples_of_the_run_are_not_scored_again(
     assert len(scored) <= 1 and not held & {spec.id for spec in scored}  # one of the front
     found = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert found[: len(rows)] == rows and len(found) == len(rows) + len(scored)
+    code, _, error = call(*ask[:-1], tmp_path / "b", "--mirror")
+    assert code == 2 and "leave --mirror out" in error and not (tmp_path / "b").exists()
     path.write_bytes(path.read_bytes().replace(b'"run": "', b'"run": "x'))
     code, _, error = call(*ask[:-1], tmp_path / "b")
     assert code == 2 and "another run or space" in error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,11 @@ import pytest
 
 from qdeploy.errors import ModelError
 from qdeploy.profile.database import LatencyDatabase
-from qdeploy.search.device import COVERAGE, LinearModel, latency_features
+from qdeploy.search.device import COVERAGE, LinearModel
 from qdeploy.search.encoding import Encoding
 from qdeploy.search.measure import LocalDevice
 from qdeploy.search.prices import fill
-from qdeploy.search.table import LatencyTable, owners
+from qdeploy.search.table import KINDS, Calls, LatencyTable, networks, owners
 from qdeploy.space import SubnetSpec
 from qdeploy.target import load_target
 from tests.search.spaces import small_space
@@ -31,40 +33,71 @@ def calls_of(spec: SubnetSpec) -> list[tuple[str, str]]:
     return [*found, ("head", "head"), ("dequantize", "dequantize")]
 
 
+def shown_by(encoding: Encoding, shifted: np.ndarray, calls: Callable[[SubnetSpec], Calls]) -> list[Calls]:
+    return [calls(spec) for spec in encoding.specs(networks(encoding, shifted))]
+
+
+def no_zero_points(encoding: Encoding) -> np.ndarray:
+    return np.zeros((len(encoding.layers), encoding.shape_count, 9, *encoding.kinds), bool)
+
+
 def test_sums_are_those_of_each_subnets_own_kernels() -> None:
     encoding, random = Encoding(small_space(3)), np.random.default_rng(0)
-    covering = [calls_of(spec) for spec in encoding.specs(encoding.canonical(encoding.covering()))]
-    prices = {signature: float(random.exponential()) for calls in covering for _, signature in calls}
-    table = LatencyTable(encoding, covering, prices)
+    none = no_zero_points(encoding)
+    shown = shown_by(encoding, none, calls_of)
+    assert len(shown) == encoding.shape_count  # no layer can be both wide and narrow
+    prices = {signature: float(random.exponential()) for calls in shown for _, signature in calls}
+    table = LatencyTable(encoding, none, shown, prices)
     genomes = encoding.sample(200, random)
     ms, count = table.sums(genomes)
     for spec, value, number in zip(encoding.specs(genomes), ms, count, strict=True):
         calls = calls_of(spec)
         assert value == pytest.approx(sum(prices[signature] for _, signature in calls)) and number == len(calls)
     with pytest.raises(ModelError, match="no price for 0.b"):
-        LatencyTable(encoding, covering, {k: v for k, v in prices.items() if k != "b3/2"})
+        LatencyTable(encoding, none, shown, {k: v for k, v in prices.items() if k != "b3/2"})
 
 
-def test_narrow_weights_change_the_layers_that_were_timed_with_wide_ones() -> None:
-    encoding, random = Encoding(small_space(3, (2, 4, 8))), np.random.default_rng(0)
-    covering = [calls_of(spec) for spec in encoding.specs(encoding.canonical(encoding.covering()))]
-    prices = {signature: float(random.exponential()) for calls in covering for _, signature in calls}
-    table, genomes = LatencyTable(encoding, covering, prices), encoding.sample(100, random)
-    rows = [{entry.layer: entry.weight_bits for entry in spec.layers} for spec in encoding.specs(genomes)]
-    for spec, bits, value in zip(encoding.specs(genomes), rows, table.narrow(genomes), strict=True):
-        of_layers = [(layer, prices[signature]) for layer, signature in calls_of(spec) if layer in bits]
-        assert value == pytest.approx(sum(ms for layer, ms in of_layers if bits[layer] < 8))
-    ms = table.sums(genomes)[0] - 0.45 * table.narrow(genomes)
-    model = LinearModel(latency_features(table, genomes[:20]), ms[:20])
-    assert model(latency_features(table, genomes[20:])) == pytest.approx(ms[20:], rel=0.06)
-    never_wide = Encoding(small_space(3, (2, 4)))
-    assert not LatencyTable(never_wide, covering, prices).narrow(never_wide.sample(50, random)).any()
+def test_narrow_weights_and_zero_points_have_prices_of_their_own() -> None:
+    """Kernels that depend on both, zero points on the width too: some layers lack some of the four kinds."""
+    space = small_space(3, (2, 4, 8))
+    layers = tuple(
+        replace(x, symmetry=("symmetric", "asymmetric")) if len(x.weight_bits) > 1 else x for x in space.layers
+    )
+    encoding, random = Encoding(replace(space, layers=layers)), np.random.default_rng(0)
+    shifted = no_zero_points(encoding)
+    shifted[..., 1] = random.random(shifted.shape[:-1]) < 0.5  # noqa: PLR2004
+    shapes = encoding.shape_count
+
+    def calls_with(spec: SubnetSpec) -> Calls:
+        shape = encoding.shapes(encoding.genomes([spec]), encoding.layer_block)[0]
+        row = {layer: i for i, layer in enumerate(encoding.layers)}
+        found = []
+        for layer, signature in calls_of(spec):
+            if layer in row:
+                i, entry = row[layer], spec[layer]
+                zero = entry.symmetry == "asymmetric" and shifted[i, shape[i], entry.weight_bits, 0, 1]
+                signature += " narrow" * (entry.weight_bits < 8) + " zero" * bool(zero)  # noqa: PLR2004, PLW2901
+            found.append((layer, signature))
+        return found
+
+    shown = shown_by(encoding, shifted, calls_with)
+    assert shapes < len(shown) <= 4 * shapes
+    genomes = encoding.sample(300, random)
+    specs = encoding.specs(genomes)
+    needed = {signature for spec in specs for _, signature in calls_with(spec)}
+    prices = {signature: float(random.exponential()) for calls in shown for _, signature in calls}
+    assert needed <= prices.keys() and len(needed) > 30  # noqa: PLR2004
+    ms = LatencyTable(encoding, shifted, shown, prices).sums(genomes)[0]
+    assert ms == pytest.approx([sum(prices[signature] for _, signature in calls_with(spec)) for spec in specs])
 
 
-def test_calls_belong_to_the_block_of_the_layer_before_them() -> None:
+def test_calls_belong_to_the_layer_before_them() -> None:
     encoding = Encoding(small_space(2))
     names = ["input", "stem", "0.a", "x", "0.b", "x", "1.a", "1.b", "x", "head", "x"]
-    assert owners(encoding, [(name, "s") for name in names]) == [-1, -1, 0, 0, 0, 0, 1, 1, 1, -1, -1]
+    found = owners(encoding, [(name, "s") for name in names])
+    assert [encoding.layers[i] if i >= 0 else "" for i in found] == [
+        "", "stem", "0.a", "0.a", "0.b", "0.b", "1.a", "1.b", "1.b", "head", "head",
+    ]  # fmt: skip
 
 
 def test_error_bars_hold_as_often_as_they_say() -> None:
@@ -100,7 +133,7 @@ def test_a_database_is_filled_once_and_resumes(elastic_run: Path, tmp_path: Path
             database.close()
 
     kernels, measured, networks = filled(device)
-    assert kernels == measured > 5 and networks == 1
+    assert kernels == measured > 5 and 1 < networks <= KINDS  # wide and narrow, with and without zero points
 
     class Nowhere(LocalDevice):
         def measure(self, artifact: Path, params: object) -> dict[str, object]:
@@ -112,5 +145,6 @@ def test_a_database_is_filled_once_and_resumes(elastic_run: Path, tmp_path: Path
         connection.execute("UPDATE kernels SET compiler = 'old'")
         connection.execute("UPDATE networks SET compiler = 'old'")
     database.close()
-    assert filled(device) == (kernels, kernels, 1)
+    with pytest.raises(AssertionError, match="measured again"):
+        filled(Nowhere())
     assert any("of another compiler version" in line for line in said)
