@@ -49,6 +49,7 @@ def problems(manifest: Manifest) -> list[str]:
         *_use_problems(manifest),
     ]
 
+
 # listed, as Unicode's other classes change with its version
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
