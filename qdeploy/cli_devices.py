@@ -9,14 +9,13 @@ from pathlib import Path
 
 import click
 
-from qdeploy.cli_search import noise, one_thread, say
+from qdeploy.cli_options import PATH, TARGET, as_json, data_dir, examples, option_out, say, show
+from qdeploy.cli_search import noise, one_thread
 
-PATH = click.Path(path_type=Path)
 
-
-@click.command()
+@click.command(epilog=examples("qdeploy devices", "qdeploy devices --tracker 127.0.0.1:9190 --json"))
 @click.option("--tracker", metavar="HOST:PORT", help="Of an RPC tracker, to list its devices too.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@as_json
 def devices(tracker: str | None, as_json: bool) -> None:
     """List what can be measured on: this machine, and the devices of an RPC tracker."""
     from qdeploy.farm.tracker import Tracker
@@ -25,28 +24,40 @@ def devices(tracker: str | None, as_json: bool) -> None:
 
     here = machine()
     found = [] if tracker is None else listed(Tracker.parse(tracker))
-    if as_json:
-        rows = [{"key": d.key, "addresses": list(d.addresses), "free": d.free, "pending": d.pending} for d in found]
-        click.echo(json.dumps({"local": here, "tracker": tracker, "devices": rows}))
-        return
-    click.echo(f"local: {here['cpu']}, {here['cores']} cores, load {here['load']}")
+    rows = [{"key": d.key, "addresses": list(d.addresses), "free": d.free, "pending": d.pending} for d in found]
+    lines = [f"local: {here['cpu']}, {here['cores']} cores, load {here['load']}"]
     for one in found:
         counts = f"{len(one.addresses)} devices, {one.free} free, {one.pending} requests wait"
-        click.echo(f"{tracker}/{one.key}: {counts} ({', '.join(one.addresses)})")
+        lines.append(f"{tracker}/{one.key}: {counts} ({', '.join(one.addresses)})")
     if tracker is not None and not found:
-        click.echo(f"{tracker}: no devices")
+        lines.append(f"{tracker}: no devices")
+    show({"local": here, "tracker": tracker, "devices": rows}, "\n".join(lines), as_json)
 
 
-@click.command("latency-table")
+@click.command(
+    "latency-table",
+    epilog=examples(
+        "qdeploy latency-table RUN --target host -o prices.sqlite",
+        "qdeploy latency-table RUN --target targets/raspberry-pi-5.toml --device 127.0.0.1:9190/pi -o prices.sqlite",
+    ),
+)
 @click.argument("run", type=PATH)
-@click.option("--target", type=PATH, required=True, help="targets/NAME.toml.")
+@click.option("--target", type=TARGET, required=True, help="Target file, or the name of one that ships.")
 @click.option("--device", help="local, or HOST:PORT/KEY of an RPC tracker (default: the target file's; else local).")
 @noise
-@click.option("--data-dir", type=PATH, help="Folder with the dataset's files.")
+@data_dir
 @click.option("--export", type=PATH, help="Also write everything in the database: NAME.json or NAME.csv.")
-@click.option("-o", "--out", type=PATH, required=True, help="Latency database (SQLite); what it holds is not measured.")
-def latency_table(
-    run: Path, target: Path, device: str | None, noise: float, data_dir: Path | None, export: Path | None, out: Path
+@option_out("Latency database (SQLite); what it holds is not measured.")
+@as_json
+def latency_table(  # noqa: PLR0913, PLR0917
+    run: Path,
+    target: Path,
+    device: str | None,
+    noise: float,
+    data_dir: Path | None,
+    export: Path | None,
+    out: Path,
+    as_json: bool,
 ) -> None:
     """Measure the kernels that the space of a trained RUN needs on a target, those that the database lacks."""
     one_thread()
@@ -74,12 +85,14 @@ def latency_table(
     if export is not None and export.suffix == ".json":
         write_atomic(export, json.dumps(rows, indent=1).encode() + b"\n")
     elif export is not None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
         writer.writerow(COLUMNS)
         writer.writerows([row[name] for name in COLUMNS] for row in rows)
-        write_atomic(export, text.getvalue().encode())
-    click.echo(
+        write_atomic(export, table.getvalue().encode())
+    text = (
         f"{out}: {found.kernels} kernels of {run} on {chosen.name}, {found.measured} of them measured now "
         f"in {found.networks} networks"
     )
+    counts = {"kernels": found.kernels, "measured": found.measured, "networks": found.networks}
+    show({"out": str(out), "target": chosen.name} | counts, text, as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,30 +9,35 @@ from typing import Any
 
 import click
 
-PATH = click.Path(path_type=Path)
-
-
-def say(text: str) -> None:
-    """Progress goes to standard error, results to standard output."""
-    click.echo(text, err=True)
+from qdeploy.cli_options import PATH, as_json, data_dir, examples, force, option_out, say, show
 
 
 def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that say what the images are and how they become inputs."""
     options = (
         click.option("--data", required=True, help="Folder with .npy/.npz arrays or pictures, or a dataset's name."),
-        click.option("--data-dir", type=PATH, help="Folder with the dataset's files."),
+        data_dir,
         click.option(
             "--images", "count", type=click.IntRange(1), default=256, show_default=True, help="At most so many."
         ),
-        click.option("--layout", type=click.Choice(["nchw", "nhwc"]), default="nchw", help="Axes of the arrays."),
+        click.option(
+            "--layout",
+            type=click.Choice(["nchw", "nhwc"]),
+            default="nchw",
+            show_default=True,
+            help="Axes of the arrays.",
+        ),
         click.option("--mean", metavar="M,M,M", help="Taken from each channel; of pixels divided by 255."),
         click.option("--std", metavar="S,S,S", help="Each channel is divided by it then."),
         click.option("--resize", is_flag=True, help="Scale pictures by the shorter side and cut out the centre."),
         click.option("--shape", metavar="NAME=1,3,224,224", help="Sizes of the input where the file leaves some open."),
         click.option("--weights", type=PATH, help="Of a torch MODEL: a state_dict as .safetensors, .pt or .pth."),
         click.option("--settings", type=PATH, help="TOML file with settings, and [[layer]] rules by name."),
-        click.option("--calibration", type=click.Choice(["auto", "minmax", "margin", "percentile", "mse", "entropy"])),
+        click.option(
+            "--calibration",
+            type=click.Choice(["auto", "minmax", "margin", "percentile", "mse", "entropy"]),
+            help="How ranges of activations are found (docs/quantize.md).",
+        ),
         click.option("--granularity", type=click.Choice(["channel", "tensor"]), help="Of weight scales."),
         click.option("--symmetry", type=click.Choice(["symmetric", "asymmetric"]), help="Of weights."),
         click.option("--rounding", type=click.Choice(["least-squares", "nearest"]), help="Of weights."),
@@ -86,7 +90,14 @@ def _learning(iterations: int) -> Any:
     return Learning(reconstruct, reconstruct_ladder, iterations)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "qdeploy quantize model.onnx --data images -o int8.onnx",
+        "qdeploy quantize model.onnx --data images --ladder 2,4,8 -o levels",
+        "qdeploy quantize model.onnx --data images --bits 4 --reconstruct 200 -o w4.onnx",
+        "qdeploy quantize package.module:factory --weights net.safetensors --shape x=1,3,32,32 --data images -o q.onnx",
+    )
+)
 @click.argument("model", type=PATH)
 @reading_options
 @click.option("--bits", type=click.IntRange(2, 8), help="Weight width of every layer but the first and the last.")
@@ -94,15 +105,16 @@ def _learning(iterations: int) -> Any:
 @click.option("--max-kib", type=float, help="MixQuant with the least QEM whose weights take at most so many KiB.")
 @click.option("--min-accuracy", type=float, help="MixQuant with a QEM that keeps so many percent right (labels.npy), "
               "or in the float network's class.")  # fmt: skip
-@click.option("--criterion", type=click.Choice(["mse", "relative"]), default="mse", show_default=True)
+@click.option("--criterion", type=click.Choice(["mse", "relative"]), default="mse", show_default=True,
+              help="What MixQuant's errors are.")  # fmt: skip
 @click.option("--reconstruct", "iterations", type=click.IntRange(1), metavar="N",
               help="Learn the rounding block by block, N steps each; resumes.")  # fmt: skip
 @click.option("--ladder", metavar="2,q68,8", help="Nested levels, a width or q and a QEM each; --out is a folder then.")
 @click.option("--nesting", type=click.Choice(["joint", "truncate"]), default="joint", show_default=True,
               help="Codes chosen for all levels together, or for the top alone.")  # fmt: skip
-@click.option("-o", "--out", type=PATH, required=True, help="ONNX file, or folder for the levels of a ladder.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+@option_out("ONNX file, or folder for the levels of a ladder.")
+@force
+@as_json
 def quantize(  # noqa: PLR0913, PLR0917
     model: Path, bits: int | None, qem: float | None, max_kib: float | None, min_accuracy: float | None, criterion: str,
     iterations: int | None, ladder: str | None, nesting: str, out: Path, force: bool, as_json: bool, **options: Any,
@@ -128,23 +140,26 @@ def quantize(  # noqa: PLR0913, PLR0917
             rows = quantize_ladder(path, options["data"], out, reading, settings, parse_ladder(ladder), nesting,
                                    criterion, shape, force, say, learning)  # fmt: skip
             found = [(out / f"{name}.onnx", row) for name, row in rows.items()]
-    if as_json:
-        click.echo(json.dumps([row for _, row in found]))
-        return
-    for path, row in found:
-        click.echo("\n".join(lines(row, path)))
-    if left := float_lines(found[0][1]):
-        click.echo("\n".join(left))
+    text = [line for path, row in found for line in lines(row, path)]
+    show([row for _, row in found], "\n".join([*text, *float_lines(found[0][1])]), as_json)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "qdeploy sensitivity model.onnx --data images -o report",
+        "qdeploy sensitivity model.onnx --data images --widths 2,4 -o report --json",
+    )
+)
 @click.argument("model", type=PATH)
 @reading_options
 @click.option("--widths", metavar="2,4,8", default="2,3,4,6,8", show_default=True, help="Weight widths to try.")
-@click.option("-o", "--out", type=PATH, required=True, help="Folder for sensitivity.html and sensitivity.json.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
-def sensitivity(model: Path, widths: str, out: Path, force: bool, **options: Any) -> None:
+@option_out("Folder for sensitivity.html and sensitivity.json.")
+@force
+@as_json
+def sensitivity(model: Path, widths: str, out: Path, force: bool, as_json: bool, **options: Any) -> None:
     """How much each layer of a float32 ONNX MODEL suffers from few bits: by layer, and by type of layer."""
+    from qdeploy.errors import ModelError
+    from qdeploy.files import parse_json
     from qdeploy.ptq.command import parse_widths, sensitivity_folder
 
     reading, settings, shape = _parts(options, None)
@@ -152,4 +167,5 @@ def sensitivity(model: Path, widths: str, out: Path, force: bool, **options: Any
         report = sensitivity_folder(
             path, options["data"], out, reading, settings, parse_widths(widths), shape, force, say
         )  # fmt: skip
-    click.echo("\n".join(report))
+    found = parse_json((out / "sensitivity.json").read_bytes(), "sensitivity.json", ModelError) if as_json else None
+    show(found, "\n".join(report), as_json)

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,16 @@ CLASSES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Dataset:
-    """One split: `images` uint8 [n, C, H, W], `labels` int64 [n] from 0 up."""
+    """One split: `images` uint8 [n, C, H, W], `labels` int64 [n] from 0 up.
+
+    `names` of the classes, where the dataset is none of CLASSES.
+    """
 
     name: str
     split: str
     images: np.ndarray
     labels: np.ndarray
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
@@ -62,7 +66,7 @@ class Dataset:
     @property
     def classes(self) -> int:
         """Number of classes."""
-        return len(CLASSES[self.name])
+        return len(self.names or CLASSES[self.name])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -71,7 +75,11 @@ class Dataset:
         """The first `count` images; DataError when there are fewer."""
         if not 0 < count <= len(self):
             raise DataError(f"{self.name} {self.split} has {len(self)} images: cannot take {count}")
-        return Dataset(self.name, self.split, self.images[:count], self.labels[:count])
+        return self.with_images(self.images[:count], self.labels[:count])
+
+    def with_images(self, images: np.ndarray, labels: np.ndarray) -> Dataset:
+        """Other images of the same dataset and split."""
+        return replace(self, images=images, labels=labels)
 
 
 def load(name: str, split: str, data_dir: Path | None = None) -> Dataset:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qdeploy.allocate import allocate
-from qdeploy.data import SPLITS, Dataset, load
+from qdeploy.data import SPLITS, Dataset
 from qdeploy.errors import RecipeError
 from qdeploy.files import read_bytes
 from qdeploy.frozen import FrozenNet, load_frozen
+from qdeploy.image_folder import load_split
 from qdeploy.quant.differentiable import DifferentiableNet
 from qdeploy.quant.eqnet import EQNet
 from qdeploy.quant.simulated import SimulatedNet
@@ -76,11 +77,11 @@ def choose_spec(
 
 def calibration_set(recipe: Recipe, data_dir: Path | None) -> Dataset:
     """Training images for calibration: the part that ships with the repository where there is one."""
-    split = "sample" if "sample" in SPLITS[recipe.data.name] else "train"
-    return load(recipe.data.name, split, data_dir)
+    split = "sample" if "sample" in SPLITS.get(recipe.data.name, ()) else "train"
+    return load_split(recipe.data, split, data_dir)
 
 
 def extract_subnet(recipe: Recipe, net: SimulatedNet, spec: SubnetSpec, data_dir: Path | None) -> FrozenNet:
     """Freeze `spec` and record its accuracy on the test images."""
     calibration = calibration_set(recipe, data_dir).images
-    return extract(net, spec, recipe.name, calibration, load(recipe.data.name, "test", data_dir))
+    return extract(net, spec, recipe.name, calibration, load_split(recipe.data, "test", data_dir))

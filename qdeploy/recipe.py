@@ -14,10 +14,13 @@ from qdeploy.errors import RecipeError
 from qdeploy.files import read_bytes
 from qdeploy.space import MAX_BITS, MIN_BITS, SubnetSpec
 
+FOLDER = "folder"  # the name of the dataset that images of one's own are
+
 
 @dataclass(frozen=True)
 class NetworkChoice:
-    """Which backbone: a name of `qdeploy.nets`, its base width and the stride of its first convolution.
+    """Which backbone: a name of `qdeploy.nets`, its base width and the stride of its first convolution; or a function
+    of one's own, "package.module:function", which is called with (channels, classes) and returns a torch.nn.Module.
 
     Of an elastic network also which input `resolutions` in pixels and base `widths` subnets may have, rising; the last
     of `widths` is `width`. Left out, all subnets have the images' size and `width`.
@@ -34,6 +37,8 @@ class NetworkChoice:
             numbers = getattr(self, key)
             if list(numbers) != sorted(set(numbers)) or any(number < 1 for number in numbers):
                 raise RecipeError(f"network.{key} {list(numbers)} must be rising whole numbers from 1 up")
+        if ":" in self.name and (self.width is not None or self.stem_stride != 1 or self.resolutions or self.widths):
+            raise RecipeError(f"network {self.name} is made by your function: leave every other key of [network] out")
         if self.widths and self.widths[-1] != self.width:
             raise RecipeError(f"network.widths {list(self.widths)} must end with network.width, which is {self.width}")
 
@@ -43,6 +48,10 @@ class DataChoice:
     """Which images: a dataset's name, how many training images (all by default), augmentation.
 
     `held_out` training images, a fixed random choice, are kept from training: `evaluate` scores specs on them.
+
+    With the name "folder" they are images of one's own (image_folder.py): in `folder`, of `classes`, in order, as
+    `channels` (1 or 3) of `size` [height, width]. `resize` "crop" scales the shorter side and cuts out the centre;
+    without it all have that size. About `test_percent` of a hundred are for testing.
     """
 
     name: str
@@ -50,12 +59,38 @@ class DataChoice:
     train_images: int | None = None
     augment: Literal["none", "flip-shift"] = "flip-shift"
     held_out: int | None = None
+    folder: str | None = None
+    classes: tuple[str, ...] = ()
+    size: tuple[int, ...] = ()
+    channels: Literal[1, 3] | None = None
+    resize: Literal["crop"] | None = None
+    test_percent: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_folder()
         for key in ("train_images", "held_out"):
             number = getattr(self, key)
             if number is not None and number < 1:
                 raise RecipeError(f"data.{key} is {number}: choose a whole number from 1 up, or leave it out")
+
+    def _check_folder(self) -> None:
+        """Raise RecipeError unless the keys of one's own images are there for them, and for them alone."""
+        keys = ("folder", "classes", "size", "channels", "test_percent")
+        given = [key for key in (*keys, "resize") if getattr(self, key) not in (None, ())]
+        if self.name != FOLDER:
+            if given:
+                raise RecipeError(f'data.{given[0]} is for images of your own: set name = "{FOLDER}", or leave it out')
+            return
+        if lacking := [key for key in keys if key not in given]:
+            raise RecipeError(f"the recipe lacks data.{lacking[0]}: `qdeploy init` writes it for your images")
+        if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):  # noqa: PLR2004
+            raise RecipeError(f"data.classes {list(self.classes)} must name two classes or more, none of them twice")
+        if len(self.size) != 2 or min(self.size) < 1:  # noqa: PLR2004
+            raise RecipeError(f"data.size is {list(self.size)}: give [height, width] in pixels")
+        if not 1 <= (self.test_percent or 0) <= 90:  # noqa: PLR2004
+            raise RecipeError(f"data.test_percent is {self.test_percent}: choose from 1 to 90, for example 20")
+        if self.split != "train":
+            raise RecipeError(f'data.split is "{self.split}": images of your own have the split "train" alone')
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,6 @@ def extract(net: SimulatedNet, spec: SubnetSpec, name: str, calibration: np.ndar
     frozen = to_integers(mixed, spec, name, input_codes(mixed, spec, calibration[:GOLDEN_IMAGES]))
     if test is None:
         return frozen
-    test = Dataset(test.name, test.split, input_codes(mixed, spec, test.images), test.labels)
+    test = test.with_images(input_codes(mixed, spec, test.images), test.labels)
     report = dict(frozen.report) | {"accuracy": integer_accuracy(frozen, test), "test_images": len(test.labels)}
     return replace(frozen, report=report)

@@ -73,6 +73,12 @@ def check_quota(folder: DeviceFolder, manifest: Manifest, layout: Layout, quota:
     )
 
 
+def foresee(folder: Path) -> Evicted:
+    """What `evict` would remove now. Raises BundleError."""
+    gone = evictable(DeviceFolder(folder))
+    return Evicted(len(gone), sum(taken(path) for path in gone))
+
+
 def evict(folder: Path) -> Evicted:
     """Remove planes above the level in force, other releases and other artifacts. The level before goes with them if it
     needs any of that. Raises BundleError, DeviceError.

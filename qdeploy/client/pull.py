@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -12,6 +14,7 @@ from qdeploy.bundle.store import Join, verify_parts
 from qdeploy.client.artifact import artifact_folder, choose_artifact, describe, unpack_artifact
 from qdeploy.client.evict import check_quota
 from qdeploy.client.fetch import GoneError, Pace, Patience
+from qdeploy.client.forecast import Forecast, missing_bytes
 from qdeploy.client.mirrors import Mirrors
 from qdeploy.client.offer import Offer, signed_offer, unsigned_offer
 from qdeploy.client.plan import Extent, Layout, check_climb, check_drop, piece_kinds
@@ -209,9 +212,7 @@ def pull(
             _check_successor(writer, held[1], offer.manifest)
         write_settings(folder, settings)
         chosen = _level(offer.manifest, asked, settings, held)
-        target = _target(asked, held)
-        if asked.target is None and target not in [describe(a) for a in offer.manifest.artifacts]:
-            target = None
+        target = _known_target(offer.manifest, asked, held)
         artifact, why = choose_artifact(offer.manifest, target)
         try:
             _bring(writer, mirrors, offer, chosen, artifact, settings, tally, echo, progress)
@@ -236,6 +237,67 @@ def _check_asked(manifest: Manifest, asked: Asked) -> None:
         manifest.level(asked.level)
     if asked.target is not None:
         choose_artifact(manifest, asked.target)
+
+
+def foresee_pull(
+    url: str | Sequence[str],
+    folder: Path,
+    level: str | None = None,
+    target: str | None = None,
+    patience: Patience | None = None,
+    *,
+    root: Path | None = None,
+    unsigned: bool = False,
+    model: str | None = None,
+    channel: str | None = None,
+    rate: float | None = None,
+) -> Forecast:
+    """What `pull` would fetch: metadata is fetched and verified in a copy of the folder's, `folder` stays as it is.
+
+    Raises what `pull` does before it fetches an object.
+    """
+    real, urls = DeviceFolder(Path(folder)), [url] if isinstance(url, str) else list(url)
+    asked, tally = Asked(level, target, model, channel), Tally()
+    with ExitStack() as stack:
+        copy = DeviceFolder(Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qdeploy-"))))
+        for name in ("trust", "manifests", "current.json", "device.json"):
+            source = real.path / name
+            if source.is_dir():
+                shutil.copytree(source, copy.path / name)
+            elif source.exists():
+                shutil.copy2(source, copy.path / name)
+        _check_trust(copy.path, root, unsigned)
+        mirrors = stack.enter_context(Mirrors(urls, patience, Pace(rate)))
+        settings, held = _settings(copy.path, urls, asked), _held_choice(copy)
+        if unsigned:
+            offer = unsigned_offer(copy, mirrors, tally)
+        else:
+            known = None if held is None else (held[0].manifest, held[1])
+            offer, settings = signed_offer(copy, mirrors, settings, known, _target(asked, held), tally)
+        _check_asked(offer.manifest, asked)
+        if held is not None:
+            _check_successor(real, held[1], offer.manifest)
+        chosen = _level(offer.manifest, asked, settings, held)
+        artifact, _ = choose_artifact(offer.manifest, _known_target(offer.manifest, asked, held))
+        others = _other_manifests(copy, offer.digest).values()
+    missing, reused = missing_bytes(offer.manifest, chosen, artifact, real.journal(), others)
+    return _forecast(offer.manifest, chosen, not unsigned, artifact, missing, reused, tally.fetched["manifest"])
+
+
+def _forecast(
+    manifest: Manifest, level: str, is_signed: bool, artifact: int | None, missing: dict[str, int], reused: int,
+    metadata: int,
+) -> Forecast:  # fmt: skip
+    name = None if artifact is None else describe(manifest.artifacts[artifact])
+    return Forecast(manifest.model, manifest.release, level, is_signed, name, missing, reused, metadata)
+
+
+def _known_target(manifest: Manifest, asked: Asked, held: tuple[Current, Manifest] | None) -> str | None:
+    """The hardware class asked for now, or before and still in the release."""
+    target = _target(asked, held)
+    if asked.target is None and target not in [describe(a) for a in manifest.artifacts]:
+        return None
+    return target
 
 
 # --- climb and drop --------------------------------------------------------------------------------------------------
@@ -323,6 +385,18 @@ def climb(
     Raises BundleError (unknown level, or one below: that is a drop), and as `pull`.
     """
     return prepare_climb(folder, to, echo, progress, patience, rate).commit()
+
+
+def foresee_climb(folder: Path, to: str) -> Forecast:
+    """What `climb` would fetch, by the manifest that the folder holds. Raises what `climb` does before it fetches."""
+    device = DeviceFolder(Path(folder))
+    current, manifest = open_choice(device)
+    check_climb(manifest, current.level, to)
+    settings = read_settings(device.path)
+    check_minimum(manifest, to, settings.minimum if settings is not None else None)
+    others = _other_manifests(device, current.manifest).values()
+    missing, reused = missing_bytes(manifest, to, current.artifact, device.journal(), others)
+    return _forecast(manifest, to, signed(device.path), current.artifact, missing, reused, 0)
 
 
 def drop(folder: Path, to: str) -> PullReport:

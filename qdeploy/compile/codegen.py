@@ -27,6 +27,7 @@ from tvm.tirx import transform
 from qdeploy.compile.kernels.emit import on_pointers
 from qdeploy.errors import CompileError
 from qdeploy.files import write_atomic
+from qdeploy.progress import Counter, Echo, silent
 
 Pass = Any
 Phase = tuple[str, list[Callable[[], Pass]]]
@@ -46,6 +47,7 @@ MODULE = "target.build.llvm"
 def library(
     kernels: Mapping[str, tirx.PrimFunc], entries: Mapping[str, tirx.PrimFunc], target: Any, identity: str,
     dump: Path | None = None, common: Mapping[str, tirx.PrimFunc] | None = None, more: Sequence[bytes] = (),
+    echo: Echo = silent,
 ) -> bytes:  # fmt: skip
     """The shared library that exports `entries`, which call `kernels` by name.
 
@@ -73,7 +75,7 @@ def library(
         for i, data in enumerate(more):
             objects.append(Path(folder) / f"more{i}.o")
             objects[-1].write_bytes(data)
-        share(tasks, Path(folder))
+        share(tasks, Path(folder), echo)
         return link(compiler, objects, identity, Path(folder) / "lib.so")
 
 
@@ -114,10 +116,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def share(tasks: Sequence[Callable[[], None]], folder: Path) -> None:
+def share(tasks: Sequence[Callable[[], None]], folder: Path, echo: Echo = silent) -> None:
     """Do `tasks` in as many processes as there are cores, this one included; one process where there is no fork.
 
-    Raises RuntimeError with the message of the first task that failed elsewhere; `folder` is where messages pass.
+    `echo` hears how far this process is: the others have as much to do. Raises RuntimeError with the message of the
+    first task that failed elsewhere; `folder` is where messages pass.
     """
     count = min(cores(), len(tasks)) if hasattr(os, "fork") else 1
     children: dict[int, Path] = {}
@@ -125,8 +128,10 @@ def share(tasks: Sequence[Callable[[], None]], folder: Path) -> None:
         for i in range(1, count):
             note = folder / f"{i}.error"
             children[start(tasks[i::count], note)] = note
-        for task in tasks[::count]:
+        counter = Counter(echo, "code", len(tasks), "object", last=False)
+        for done, task in enumerate(tasks[::count], 1):
             task()
+            counter.at(min(done * count, len(tasks)))
     finally:
         failed = [note for child, note in children.items() if os.waitpid(child, 0)[1] != 0]
     for note in failed:

@@ -133,7 +133,7 @@ def build(
         if isinstance(program, CudaProgram):
             return cuda_library(program, memory, resolved, identity(head, variant), dump), variant
         entries, common = entry_functions(graph, program, memory), {"join": join_kernel("join", resolved.features)}
-        return library(program.kernels, entries, resolved.tvm, identity(head, variant), dump, common), variant
+        return library(program.kernels, entries, resolved.tvm, identity(head, variant), dump, common, echo=say), variant
     except (RuntimeError, ValueError, TypeError) as e:
         reason = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
         raise CompileError(f"TVM cannot compile this model for {resolved.target.name}: {reason}") from e

@@ -19,6 +19,7 @@ import numpy as np
 
 from qdeploy.errors import DataError
 from qdeploy.files import read_bytes, sha256, write_atomic
+from qdeploy.progress import Counter
 from qdeploy.ptq.blocks import Block, find_blocks, outputs_of_block
 from qdeploy.ptq.insert import input_widths, insert
 from qdeploy.ptq.learn import Problem, learn_block, top_codes, unlearnable
@@ -105,6 +106,7 @@ def _learn(state: _State, say: Echo) -> None:
     graph, layers = state.calibrated.graph, {layer.name: layer for layer in state.calibrated.placement.layers}
     blocks = find_blocks(graph, state.calibrated.placement)
     _open(state)
+    counter = Counter(say, "reconstruction", len(blocks), "block", last=False)
     exact, shape, values = state.calibrated.images, graph.shape, graph.input
     seen, models = [exact] * len(state.levels), [graph.model()] * len(state.levels)
     for i, block in enumerate(blocks):
@@ -128,6 +130,7 @@ def _learn(state: _State, say: Echo) -> None:
             say(f"{label}: output error {errors[0]} -> {errors[1]}, {monotonic() - start:.0f} s")
         elif block.layers:
             say(f"{label}: rounded layer by layer: {reason}")
+        counter.at(i + 1)
         if i + 1 < len(blocks):
             after = f"{block.output}.values"
             models = [parse_model(state.model(level), "the model") for level in range(len(state.levels))]

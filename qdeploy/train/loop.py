@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ from torch.optim import SGD
 
 from qdeploy.data import Dataset
 from qdeploy.errors import DivergenceError, ModelError
+from qdeploy.progress import Counter, Echo
 from qdeploy.quant.parallel import average_losses, part, rank, synchronized_norms
 from qdeploy.recipe import Recipe, Schedule, same_recipe
 from qdeploy.train.checkpoint import load_checkpoint, load_module, momentum_tensors, restore_momentum, save_checkpoint
@@ -21,7 +21,6 @@ from qdeploy.train.images import batches
 from qdeploy.train.metrics import log_metrics
 
 CHECKPOINT_SECONDS = 20.0
-Echo = Callable[[str], None]
 
 
 class Phase(Protocol):
@@ -46,31 +45,6 @@ class Phase(Protocol):
 
     def after_step(self) -> None:
         """Put parameters back into their legal range."""
-
-
-class Progress:
-    """Prints one line every few seconds: phase, epoch, loss, images a second, time left."""
-
-    def __init__(self, echo: Echo, phase: str, batch: int, total: int, done: int) -> None:
-        self.echo, self.phase, self.batch, self.total = echo, phase, batch, total
-        self.start, self.first, self.last = time.monotonic(), done, 0.0
-
-    def rate(self, done: int) -> float:
-        """Images a second since the phase began or was resumed."""
-        return (done - self.first) * self.batch / max(1e-9, time.monotonic() - self.start)
-
-    def report(self, done: int, per_epoch: int, losses: dict[str, float], every: float = 10.0) -> None:
-        """`done` steps of the phase are finished."""
-        now = time.monotonic()
-        if now - self.last < every and done < self.total:
-            return
-        self.last = now
-        rate = self.rate(done)
-        left = (self.total - done) * self.batch / rate if rate else 0.0
-        text = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        epochs = self.total // per_epoch
-        where = f"epoch {min(done // per_epoch + 1, epochs)}/{epochs}, step {done}/{self.total}"
-        self.echo(f"{self.phase}: {where}, loss {text}, {rate:.0f} images/s, {left:.0f} s left")
 
 
 def make_optimizer(phase: Phase) -> SGD:
@@ -104,7 +78,7 @@ def run_phase(phase: Phase, recipe: Recipe, data: Dataset, run: Path, echo: Echo
     optimizer = make_optimizer(phase)
     path = run / f"{phase.name}.checkpoint"
     done = resume(path, phase, recipe, optimizer, total) if path.exists() else 0
-    progress = Progress(echo, phase.name, schedule.batch, total, done)
+    counter = Counter(echo, phase.name, total, "step", done, of=schedule.batch, things="images")
     saved = time.monotonic()
     try:
         with synchronized_norms(phase.module):
@@ -115,18 +89,23 @@ def run_phase(phase: Phase, recipe: Recipe, data: Dataset, run: Path, echo: Echo
                     with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
                         losses = train_step(phase, optimizer, part(images), part(labels), (done, total))
                     done, steepest = done + 1, max(steepest, losses.get("gradient", 0.0))
-                    progress.report(done, per_epoch, losses)
+                    counter.at(done, describe(epoch + 1, schedule.epochs, losses))
                     if time.monotonic() - saved > CHECKPOINT_SECONDS:
                         store(path, phase, recipe, optimizer, (done, total), data)
                         saved = time.monotonic()
                 if rank() == 0:
                     peak = {"greatest gradient": steepest} if "gradient" in losses else {}
-                    log_metrics(run, phase.name, epoch + 1, losses | peak, progress.rate(done))
+                    log_metrics(run, phase.name, epoch + 1, losses | peak, counter.rate)
     except KeyboardInterrupt:
         store(path, phase, recipe, optimizer, (done, total), data)
         echo(f"stopped in {phase.name} at step {done}/{total}: the same command resumes there")
         raise
     store(path, phase, recipe, optimizer, (done, total), data)
+
+
+def describe(epoch: int, epochs: int, losses: dict[str, float]) -> str:
+    """Where a phase stands, behind its count of steps."""
+    return f"epoch {epoch}/{epochs}, loss " + " ".join(f"{name} {value:.3f}" for name, value in losses.items())
 
 
 def train_step(

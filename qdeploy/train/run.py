@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qdeploy.data import Dataset, load
+from qdeploy.data import Dataset
 from qdeploy.errors import ModelError, RecipeError
 from qdeploy.files import canonical_json, parse_json, read_bytes, write_atomic
+from qdeploy.image_folder import load_split
 from qdeploy.nets import SPACES, build, build_supernet
 from qdeploy.nets.elastic import Supernet
+from qdeploy.nets.own import FUNCTION, build_own, check_own
+from qdeploy.progress import Echo, silent
 from qdeploy.quant.calibrate import CALIBRATION_BATCH, calibrated
 from qdeploy.quant.differentiable import DifferentiableNet
 from qdeploy.quant.eqnet import EQNet
@@ -30,6 +33,7 @@ from qdeploy.quant.parallel import rank as rank
 from qdeploy.quant.simulated import SimulatedNet
 from qdeploy.quant.supernet import BatchQuantNet
 from qdeploy.recipe import (
+    FOLDER,
     BatchQuantization,
     DifferentiableQuantization,
     EQNetQuantization,
@@ -46,7 +50,7 @@ from qdeploy.train.differentiable import phases as differentiable_phases
 from qdeploy.train.eqnet import GroupProgressive
 from qdeploy.train.full_precision import FullPrecision
 from qdeploy.train.images import as_input, generator
-from qdeploy.train.loop import Echo, Phase, run_phase
+from qdeploy.train.loop import Phase, run_phase
 from qdeploy.train.memory import keep_freed_memory
 from qdeploy.train.vertical import Vertical
 
@@ -61,7 +65,7 @@ def _held_out(recipe: Recipe, images: int) -> np.ndarray:
 
 def training_set(recipe: Recipe, data_dir: Path | None) -> Dataset:
     """The recipe's training images: its split without what is held out, or a fixed random subset of `train_images`."""
-    data = load(recipe.data.name, recipe.data.split, data_dir)
+    data = load_split(recipe.data, recipe.data.split, data_dir)
     if recipe.data.train_images is None and recipe.data.held_out is None:
         return data
     index = np.setdiff1d(np.arange(len(data.labels)), _held_out(recipe, len(data.labels)))
@@ -70,7 +74,7 @@ def training_set(recipe: Recipe, data_dir: Path | None) -> Dataset:
         if wanted > len(index):
             raise ModelError(f"data.train_images is {wanted}: the split has {len(index)}")
         index = index[np.sort(generator(0, "subset", wanted).permutation(len(index))[:wanted])]
-    return Dataset(data.name, data.split, data.images[index], data.labels[index])
+    return data.with_images(data.images[index], data.labels[index])
 
 
 def held_out_set(recipe: Recipe, data_dir: Path | None) -> Dataset:
@@ -80,9 +84,9 @@ def held_out_set(recipe: Recipe, data_dir: Path | None) -> Dataset:
             "the run trained on all images of its split, so none can judge it: set held_out under [data] in the recipe "
             "and train again"
         )
-    data = load(recipe.data.name, recipe.data.split, data_dir)
+    data = load_split(recipe.data, recipe.data.split, data_dir)
     index = _held_out(recipe, len(data.labels))
-    return Dataset(data.name, data.split, data.images[index], data.labels[index])
+    return data.with_images(data.images[index], data.labels[index])
 
 
 def new_network(recipe: Recipe, channels: int, classes: int) -> nn.Module:
@@ -103,6 +107,8 @@ def new_network(recipe: Recipe, channels: int, classes: int) -> nn.Module:
                 widths=choice.widths,
                 only=None if only is None else only.architecture or Architecture(),
             )
+        if FUNCTION.fullmatch(choice.name):
+            return build_own(choice.name, channels, classes)
         if choice.resolutions or choice.widths:
             raise RecipeError(
                 f"network {choice.name} is not elastic: leave resolutions and widths out, or choose one of "
@@ -198,10 +204,6 @@ def check_precision(recipe: Recipe, network: nn.Module) -> None:
         )
 
 
-def _silent(text: str) -> None:
-    """What processes other than the first print."""
-
-
 def write_recipe(run: Path, recipe: Recipe) -> None:
     """Keep the recipe in the run; another recipe's run is refused."""
     path = run / "recipe.json"
@@ -228,14 +230,16 @@ def train(
     keep_freed_memory()
     run = Path(run)
     if rank() != 0:
-        echo = _silent
-    data, test = training_set(recipe, data_dir), load(recipe.data.name, "test", data_dir)
+        echo = silent  # the first process speaks for all
+    data, test = training_set(recipe, data_dir), load_split(recipe.data, "test", data_dir)
     network = new_network(recipe, test.images.shape[1], test.classes)
+    if FUNCTION.fullmatch(recipe.network.name):
+        check_own(network, recipe.network.name, test.images.shape[1:], test.classes)
     net = new_quantized(recipe, network, test.images.shape[1:])  # what cannot be quantized is refused before training
     for schedule in schedules(recipe):
         if len(data.labels) < schedule.batch:
             raise ModelError(f"{len(data.labels)} images make no batch of {schedule.batch}: lower the recipe's batch")
-    if not net.learned_in and len(data.labels) < CALIBRATION_BATCH:
+    if (not net.learned_in or recipe.data.name == FOLDER) and len(data.labels) < CALIBRATION_BATCH:
         raise ModelError(f"{len(data.labels)} images are too few for statistics: give {CALIBRATION_BATCH} or more")
     check_parallel(recipe)
     check_precision(recipe, network)

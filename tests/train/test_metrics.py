@@ -9,7 +9,7 @@ import pytest
 
 from qdeploy.errors import RecipeError
 from qdeploy.nets import build
-from qdeploy.train import loop, metrics
+from qdeploy.train import metrics
 from qdeploy.train.memory import keep_freed_memory
 from qdeploy.train.run import check_precision
 from tests.train.runs import elastic_recipe, tiny_recipe
@@ -45,16 +45,6 @@ def test_tensorboard_gets_the_same_figures_if_it_is_there(tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     metrics.log_metrics(tmp_path, "float", 3, {"fp": 2.0}, 100.0)
     assert scalars == [("float/fp", 2.0, 3), ("float/images_per_second", 100.0, 3), ("closed",)]
-
-
-def test_progress_says_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    said: list[str] = []
-    progress = loop.Progress(said.append, "float", 64, 100, 20)
-    now[0] += 10.0
-    progress.report(40, 50, {"fp": 1.0})
-    assert said == ["float: epoch 1/2, step 40/100, loss fp 1.000, 128 images/s, 30 s left"]
 
 
 def test_bfloat16_is_for_networks_that_it_makes_faster() -> None:
