@@ -10,18 +10,21 @@ export OMP_WAIT_POLICY ?= passive
 # cross-compiler and emulator, where `make cross` unpacked them
 export PATH := $(CURDIR)/$(VENV)/cross/bin:$(PATH)
 
-.PHONY: help demo test test-arm test-gpu test-faults cross check bench bench-compile models claims
+.PHONY: help demo test test-docs test-arm test-gpu test-faults cross check docs web bench bench-compile models claims
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    the whole flow from the shipped checkpoint: a table, and an HTML report (3 minutes)"
 	@echo "make test    every test"
+	@echo "make test-docs   every command of the documentation, and the tutorial (5 minutes)"
 	@echo "make test-arm   compiled networks for ARM under an emulator, through the C++ runner, against this machine (4 minutes)"
 	@echo "make cross   what that needs, unpacked into $(VENV)/cross; the runner for x86_64 and aarch64 in $(VENV)/device"
 	@echo "make test-gpu   CUDA artifacts on this machine's GPU, against its processor and ONNX Runtime; skips where there is none"
 	@echo "make test-faults   the long fault suites of delivery, into docs/faults.md (an hour and more; FAULTS='--share 0.1' for a part)"
 	@echo "make check   ruff check, ruff format --check, mypy"
-	@echo "make bench   the benchmarks of tools/, one after the other"
+	@echo "make docs    the documentation as a web site in build/site, warnings as errors"
+	@echo "make web     what the server's page for browsers needs and git does not hold; with npm"
+	@echo "make bench   the benchmarks of tools/ into docs/numbers/*.json and docs/numbers.md (NUMBERS='swap memory' for some; hours)"
 	@echo "make bench-compile   compiled networks beside ONNX Runtime and OpenVINO (BENCH='--data-dir DIR --networks ...')"
 	@echo "make claims  the next missing cells of docs/claims.md (CLAIMS='--budget-min 60 --data-dir DIR'; --list shows them)"
 	@echo "make models  remake the shipped checkpoint and its card (hours; DATA_DIR=folder of the full dataset)"
@@ -48,7 +51,10 @@ demo: $(STAMP)
 	$(BIN)/qdeploy demo
 
 test: $(STAMP)
-	$(BIN)/pytest -q -n 2 --dist loadfile --ignore tests/arm
+	$(BIN)/pytest -q -n 2 --dist loadfile --ignore tests/arm --ignore tests/docs
+
+test-docs: $(STAMP)
+	$(BIN)/pytest -q -rs -n 2 tests/docs
 
 # the programs and packages for building and emulating aarch64, and the C++ runner for both architectures
 CROSS := $(VENV)/cross/.installed
@@ -74,8 +80,16 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# each that has no result of this revision yet, one after the other; Ctrl-C and again goes on
 bench: $(VENV)/.bench-installed
-	@set -e; for script in $(sort $(wildcard tools/bench_*.py)); do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python tools/numbers_page.py --run $(NUMBERS)
+
+docs: $(VENV)/.docs-installed
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+	@echo "build/site/index.html"
+
+web:
+	sh tools/make_web.sh
 
 models: $(STAMP)
 	$(BIN)/python tools/model_card.py models/fashion-resnet8.toml $(if $(DATA_DIR),--data-dir $(DATA_DIR))
@@ -83,9 +97,9 @@ models: $(STAMP)
 claims: $(STAMP)
 	$(BIN)/python tools/claims.py $(CLAIMS)
 
-# OpenVINO is for this comparison only
-$(VENV)/.bench-installed: $(STAMP)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+# what one target alone needs: OpenVINO to compare with, the generator of the site
+$(VENV)/.%-installed: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
 bench-compile: $(VENV)/.bench-installed

@@ -39,6 +39,7 @@ PORT = click.IntRange(0, 65535)
 )
 @click.option("--passphrase-file", type=PATH, help="Its first line is the passphrase of these keys.")
 @click.option("--browser", is_flag=True, help="Also serve the page that makes a browser a device, at /ui/device/.")
+@click.option("--browser-files", type=PATH, metavar="DIR", help="That page with root.json and sample/*.npy of DIR.")
 @click.option(
     "--connections", type=click.IntRange(1, 100_000), default=4096, show_default=True, help="More are answered 503."
 )
@@ -65,6 +66,7 @@ def serve(  # noqa: PLR0913, PLR0917
     folders: tuple[Path, ...],
     passphrase_file: Path | None,
     browser: bool,
+    browser_files: Path | None,
     connections: int,
     grace: float,
 ) -> None:
@@ -77,8 +79,8 @@ def serve(  # noqa: PLR0913, PLR0917
     token, control = (None if path is None else read_token(path) for path in (token_file, control_token_file))
     limits = Limits(connections=connections, stop_s=grace)
     options = Options(
-        host, port, log, access_log, cert, key, devices, token, admin_port, limits, browser, admin_names, control,
-        folders, passphrase_file,
+        host, port, log, access_log, cert, key, devices, token, admin_port, limits, browser, browser_files,
+        admin_names, control, folders, passphrase_file,
     )  # fmt: skip
     run(root, options, click.echo)
 

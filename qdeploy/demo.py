@@ -24,7 +24,7 @@ from qdeploy.bundle.write import write_bundle
 from qdeploy.client.pull import pull
 from qdeploy.compile.artifact import load_artifact
 from qdeploy.compile.pipeline import compile_model
-from qdeploy.data import Dataset, load
+from qdeploy.data import CLASSES, Dataset, load
 from qdeploy.demo_search import DemoSearch, Run, search_text
 from qdeploy.errors import DeviceError
 from qdeploy.export import export_onnx
@@ -50,6 +50,7 @@ REPOSITORY = Path(__file__).parents[1]
 MODEL = REPOSITORY / "models" / "fashion-mobilenetv3"
 TARGET = REPOSITORY / "targets" / "host.toml"
 PARITY_IMAGES = 1000
+PAGE_IMAGES = 500
 PROFILE_REPEATS = 20
 DEVICE_SECONDS = 120.0
 Echo = Callable[[str], None]
@@ -240,6 +241,7 @@ def demo(out: Path, echo: Echo) -> dict[str, Any]:
         profiles[name] = profile(artifact, out / "onnx" / f"{name}.onnx", PROFILE_REPEATS)
     parity = compiled_parity(tree, manifest, artifact, out / "onnx", test.images[:PARITY_IMAGES])
     images, labels = save_images(out, test)
+    save_page_files(out / "page", root, test)
     with serving(site, log=out / "bytes.jsonl") as url:
         echo(f"serving at {url}; the device pulls {names[0]} and climbs while it classifies")
         steps = climb_under_inference(url, root, out / "device", manifest, (images, labels), len(test), echo)
@@ -271,6 +273,19 @@ def save_images(out: Path, test: Dataset) -> tuple[Path, Path]:
     np.save(images, test.images)
     np.save(labels, test.labels)
     return images, labels
+
+
+def save_page_files(folder: Path, root: Path, test: Dataset) -> None:
+    """What `qdeploy serve --browser-files` takes: the keys, some images and labels, the names of the classes."""
+    (folder / "sample").mkdir(parents=True)
+    shutil.copyfile(root, folder / "root.json")
+    arrays = {
+        "images": test.images[:PAGE_IMAGES],
+        "labels": test.labels[:PAGE_IMAGES],
+        "classes": np.array(CLASSES["fashion-mnist"]),
+    }
+    for name, array in arrays.items():
+        np.save(folder / "sample" / f"{name}.npy", array)
 
 
 def level_rows(

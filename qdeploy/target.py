@@ -43,7 +43,10 @@ ARM_FLAGS = {
 CPUINFO_FLAGS = X86_FLAGS | {name: flag for name, (flag, _) in ARM_FLAGS.items()}
 FEATURES = {"x86_64": frozenset(X86_FLAGS), "aarch64": frozenset(ARM_FLAGS)}  # of each arch, that loading can check
 
-SHIPPED = Path(__file__).parents[1] / "targets"
+_INSTALLED = (
+    Path(__file__).parent / "targets"
+)  # a wheel has the shipped targets inside the package, a checkout beside it
+SHIPPED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "targets"
 AUTO = ("x86-64-amx", "x86-64-avx512", "x86-64-avxvnni", "x86-64")  # shipped targets, best first
 
 DEVICE = re.compile(r"|local|[^/\s]+/\S+")
@@ -106,7 +109,13 @@ def parse_target(data: bytes, what: str = "the target file") -> Target:
 
 
 def load_target(path: Path) -> Target:
-    """Read a target file; RecipeError when it is missing or wrong."""
+    """Read a target file, or the shipped target that a bare name says ("host"); RecipeError when missing or wrong."""
+    if path.name == str(path) and not path.suffix:
+        shipped = {file.stem: file for file in SHIPPED.glob("*.toml")}
+        if path.name not in shipped:
+            names = ", ".join(sorted(shipped))
+            raise RecipeError(f"no shipped target is named {path.name}: name a .toml file, or one of {names}")
+        path = shipped[path.name]
     return parse_target(read_bytes(path, "the target file", RecipeError), str(path))
 
 

@@ -16,16 +16,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qdeploy"
 
-VOCABULARY = "files space cost target recipe frozen integer data selftest"
+VOCABULARY = "files progress space cost target recipe frozen integer data image_folder selftest"
 STAGES = (
     f"{VOCABULARY} bundle qdq ladder train subnet allocate freeze extract workers evaluate export bundle.write"
-    " compile.artifact compile profile client serve inspect search farm report package"
+    " compile.artifact compile profile client serve inspect search farm report report.front package"
 )
 
 # unit -> (units of qdeploy, other packages, and what may come in addition inside a function)
 TABLE: dict[str, tuple[str, str, str]] = {
     "errors": ("", "", ""),
     "files": ("errors", "", ""),
+    "progress": ("", "", "rich"),
     # vocabulary
     "space": ("errors files", "", ""),
     "cost": ("errors files", "", ""),
@@ -34,6 +35,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "frozen": ("errors files space", "numpy safetensors", ""),
     "integer": ("errors frozen", "numpy", ""),
     "data": ("errors files", "numpy", ""),
+    "image_folder": ("errors files recipe data", "numpy", "PIL"),
     "selftest": ("errors", "", "numpy tvm"),
     # what the stages share
     "nets": ("errors space", "torch", ""),
@@ -44,18 +46,22 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "nesting": ("errors bundle", "numpy", ""),
     "ladder": ("errors files qdq bundle nesting", "numpy onnx", ""),
     # stages
-    "train": ("errors files space recipe data nets quant", "numpy torch safetensors", ""),
+    "train": ("errors files progress space recipe data image_folder nets quant", "numpy torch safetensors", ""),
     "subnet": ("errors files space recipe frozen integer data quant train", "numpy torch", ""),
     "allocate": ("errors files space bundle quant subnet", "numpy torch", ""),
     "freeze": ("errors files space recipe frozen integer data quant subnet", "numpy torch", ""),
-    "extract": ("errors files space recipe frozen data quant train subnet allocate freeze", "numpy torch", ""),
+    "extract": (
+        "errors files space recipe frozen data image_folder quant train subnet allocate freeze",
+        "numpy torch",
+        "",
+    ),
     "workers": ("errors files", "", "dask distributed"),
-    "evaluate": ("errors files space recipe data quant train workers", "numpy torch", ""),
+    "evaluate": ("errors files progress space recipe data quant train workers", "numpy torch", ""),
     "export": ("errors files space frozen integer qdq", "numpy onnx", "onnxsim onnxruntime"),
     "bundle.write": ("errors files qdq bundle nesting ladder", "numpy", ""),
     "compile.artifact": ("errors files target", "numpy", "tvm"),  # loading one: the device side does so too
     "compile": (
-        "errors files target cost selftest qdq integer frozen compile.artifact",
+        "errors files progress target cost selftest qdq integer frozen compile.artifact",
         "numpy onnx tvm tvm_ffi",
         "onnxruntime",
     ),
@@ -66,22 +72,27 @@ TABLE: dict[str, tuple[str, str, str]] = {
     ),
     "client": ("errors files bundle", "numpy", "target compile.artifact tvm onnxruntime PIL tuf"),
     "trust": ("errors files bundle", "tuf securesystemslib cryptography", "fsspec"),
-    "serve": ("errors files bundle client", "aiohttp prometheus_client", ""),
-    "cli_serve": ("errors", "click", "serve"),
+    "serve.controls": ("errors files bundle trust", "tuf", ""),  # for who changes the rollout from the fleet page
+    "serve": ("errors files bundle client", "aiohttp prometheus_client", "serve.controls"),
+    "installed": ("", "", ""),
+    "cli_options": ("errors progress", "click", "target installed"),
+    "cli_serve": ("errors cli_options", "click", "serve"),
     "inspect": ("errors files space recipe frozen bundle", "numpy", "qdq"),
     "search": (
-        "errors files space cost target qdq bundle bundle.write ladder nesting quant train subnet allocate extract"
-        " workers evaluate export compile.artifact compile profile",
+        "errors files progress space cost target qdq bundle bundle.write ladder nesting quant train subnet allocate"
+        " extract workers evaluate export compile.artifact compile profile",
         "numpy torch pymoo",
         "moocore",
     ),
     "farm": ("errors files target compile.artifact compile profile", "numpy tvm", ""),
-    "report": ("errors files cost bundle", "numpy matplotlib", ""),
-    "ptq": ("errors files data qdq report ptq.mixquant", "numpy onnx", "onnxruntime onnxsim PIL"),
+    "report": ("errors files", "numpy matplotlib", ""),
+    "report.front": ("errors files space search report", "numpy", ""),
+    "report.folders": ("errors files bundle inspect report report.front", "", ""),
+    "ptq": ("errors files progress data qdq report ptq.mixquant", "numpy onnx", "onnxruntime onnxsim PIL"),
     "ptq.learn": ("errors qdq ptq", "numpy torch onnx", ""),  # torch for who asks for learned rounding alone
-    "ptq.reconstruct": ("errors files qdq ptq ptq.learn", "numpy", ""),
+    "ptq.reconstruct": ("errors files progress qdq ptq ptq.learn", "numpy", ""),
     "ptq.torch_source": ("errors qdq ptq", "numpy torch", "safetensors"),
-    "cli_quantize": ("errors", "click", "ptq ptq.reconstruct ptq.torch_source"),
+    "cli_quantize": ("errors cli_options", "click", "files ptq ptq.reconstruct ptq.torch_source"),
     "package": (
         "errors files target qdq bundle ladder bundle.write compile.artifact compile client",
         "numpy",
@@ -89,21 +100,28 @@ TABLE: dict[str, tuple[str, str, str]] = {
     ),
     # across stages
     "demo_search": (f"errors quant {STAGES}", "numpy", ""),
-    "demo": (f"errors demo_search {STAGES}", "numpy", ""),
-    "cli_publish": ("errors", "click", "files trust"),
-    "cli_search": ("errors", "click", f"{STAGES} torch"),
-    "cli_device": ("errors cli_search", "click", "files client numpy"),
-    "cli_devices": ("errors cli_search", "click", f"{STAGES} torch"),
+    "demo": (f"errors demo_search trust {STAGES}", "numpy", ""),
+    "doctor": ("selftest target installed", "", ""),
+    "scaffold": ("errors files recipe data image_folder", "numpy", "nets"),
+    "cli_publish": ("errors cli_options", "click", "files trust"),
+    "cli_search": ("errors cli_options", "click", f"{STAGES} torch"),
+    "cli_device": ("errors progress cli_options", "click", "files client numpy"),
+    "cli_devices": ("errors cli_options cli_search", "click", f"{STAGES} torch"),
+    "cli_model": ("errors cli_options", "click", STAGES),
+    "cli_train": ("errors cli_options cli_search", "click", f"{STAGES} torch"),
+    "cli_report": ("errors cli_options", "click", "report.folders"),
+    "cli_setup": ("errors cli_options", "click", "selftest data demo doctor scaffold"),
     "cli": (
-        "errors cli_device cli_devices cli_publish cli_quantize cli_search cli_serve",
+        "errors cli_options cli_device cli_devices cli_model cli_publish cli_quantize cli_report cli_search cli_serve"
+        " cli_setup cli_train",
         "click",
-        f"{STAGES} demo numpy torch",
+        "",
     ),
 }
 
 HEAVY = (
     *("torch", "tvm", "tvm_ffi", "onnx", "onnxruntime", "onnxsim", "safetensors", "aiohttp", "matplotlib", "pymoo"),
-    *("scipy", "click", "tuf", "securesystemslib", "cryptography", "fsspec"),
+    *("scipy", "click", "tuf", "securesystemslib", "cryptography", "fsspec", "rich"),
 )
 
 

@@ -83,3 +83,15 @@ def test_missing_features() -> None:
     assert missing_features(["quantum"], CPUINFO_FLAGS.values()) == ["quantum"]
     assert missing_features([]) == []
     assert "fpu" in machine_flags() or not Path("/proc/cpuinfo").exists() or not machine_flags()
+
+
+def test_a_bare_name_is_a_shipped_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_target(Path("raspberry-pi-5")) == load_target(TARGETS / "raspberry-pi-5.toml")
+    (tmp_path / "host").write_text("not this one")
+    assert load_target(Path("host")).cpu == "host"
+    for wrong in ("hots", ".."):
+        with pytest.raises(RecipeError, match="no shipped target is named .*: name a .toml file, or one of .*host"):
+            load_target(Path(wrong))
+    with pytest.raises(RecipeError, match="cannot read the target file"):
+        load_target(Path("host.toml"))

@@ -9,15 +9,18 @@ their entropy without and with framing (the manifest's bytes that describe a pla
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qdeploy.bundle.codec import decode
 from qdeploy.bundle.planes import CodedPiece, PackedPart, entropy_bytes, gather, join, split_cheapest
-from qdeploy.files import canonical_json
+from qdeploy.files import canonical_json, write_atomic
 
 Shape = tuple[int, ...]
 BASE = 2  # bits of the lowest level
@@ -105,8 +108,10 @@ def by_plane(tensors: list[list[PackedPart]]) -> dict[int, list[tuple[int, Packe
     return dict(sorted(found.items()))
 
 
-def measure(shapes: list[Shape], model: Callable[..., np.ndarray], bits: int, to_maximum: bool, repeat: int) -> str:
-    """One line of the table."""
+def measure(
+    shapes: list[Shape], model: Callable[..., np.ndarray], bits: int, to_maximum: bool, repeat: int
+) -> dict[str, float]:
+    """One row: weights, bits a weight by entropy, per cent above it without and with framing, seconds."""
     rng = np.random.default_rng(0)
     codes = [quantized(model(rng, shape), bits, to_maximum) for shape in shapes]
     start = time.perf_counter()
@@ -126,8 +131,17 @@ def measure(shapes: list[Shape], model: Callable[..., np.ndarray], bits: int, to
     weights = sum(u.size for u in codes)
     over = [100 * (value[firsts < BASE].sum() / bound[0] - 1) for value in (coded, framed)]
     over += [100 * (value.sum() / bound.sum() - 1) for value in (coded, framed)]
-    figures = f"{8 * bound[0] / weights:6.3f} {8 * bound.sum() / weights:6.3f}" + "".join(f"{x:8.2f}%" for x in over)
-    return f"{weights / 1e6:6.2f}M {figures} {split_time:7.2f} {inflate_time:7.3f} {join_time:7.3f}"
+    names = ("base_over", "base_over_framed", "all_over", "all_over_framed")
+    row = {"weights": weights, "base_bits": 8 * bound[0] / weights, "all_bits": 8 * bound.sum() / weights}
+    row |= dict(zip(names, over, strict=True))
+    return row | {"split_s": split_time, "inflate_s": inflate_time, "join_s": join_time}
+
+
+def line(row: dict[str, float]) -> str:
+    """One row, for people."""
+    over = "".join(f"{row[name]:8.2f}%" for name in ("base_over", "base_over_framed", "all_over", "all_over_framed"))
+    figures = f"{row['base_bits']:6.3f} {row['all_bits']:6.3f}{over}"
+    return f"{row['weights'] / 1e6:6.2f}M {figures} {row['split_s']:7.2f} {row['inflate_s']:7.3f} {row['join_s']:7.3f}"
 
 
 def _join_times(parts: list[PackedPart], u: np.ndarray, repeat: int) -> Iterator[float]:
@@ -144,7 +158,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--repeat", type=int, default=3, help="joins per tensor; the fastest counts")
-    repeat = parser.parse_args().repeat
+    parser.add_argument("-o", "--out", type=Path, help="write the rows as JSON")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
     print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}; seconds on one core")
     print(f"{'':42}bits a weight   base over entropy   all over entropy")
     print(f"{'':34} weights   base    all    coded   framed    coded   framed   split inflate    join")
@@ -153,7 +169,10 @@ def main() -> None:
         for model in (gaussian, trained_like):
             for bits, to_maximum in ((4, False), (4, True), (8, False)):
                 label = f"{name} {model.__name__} {bits} bits {'max' if to_maximum else ''}"
-                print(f"{label:34} {measure(shapes, model, bits, to_maximum, repeat)}", flush=True)
+                rows.append({"case": label.strip(), **measure(shapes, model, bits, to_maximum, args.repeat)})
+                print(f"{label:34} {line(rows[-1])}", flush=True)
+    if args.out:
+        write_atomic(args.out, (json.dumps(rows, indent=1, default=float) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ synthetic: the time does not depend on them.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -23,6 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from qdeploy.files import write_atomic
 from qdeploy.ptq import mixquant
 
 Shape = tuple[int, ...]
@@ -75,8 +78,8 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def bench(name: str, shapes: list[Shape], criterion: str, repeat: int) -> str:
-    """One line of the report."""
+def bench(name: str, shapes: list[Shape], criterion: str, repeat: int) -> dict[str, Any]:
+    """One row: seconds of the table and of ten choices by it, mean bits at one QEM."""
     random = np.random.default_rng(0)
     weights = {str(i): random.standard_normal(shape, np.float32) for i, shape in enumerate(shapes)}
     times, chosen = [], {}
@@ -92,20 +95,32 @@ def bench(name: str, shapes: list[Shape], criterion: str, repeat: int) -> str:
     sizes = {layer: weight.size for layer, weight in weights.items()}
     total = sum(sizes.values())
     average = mixquant.size_bits(chosen, sizes) / total
-    return (
-        f"{name:20} {criterion:9} {total / 1e6:5.1f}M weights  table {np.median(times):.3f} s, least {min(times):.3f}  "
-        f"ten QEMs {more * 1e3:.2f} ms  {average:.2f} bits at {MIDDLE[criterion]:g}"
-    )
+    return {
+        "network": name, "criterion": criterion, "weights": total, "table_s": float(np.median(times)),
+        "least_s": min(times), "ten_s": more, "bits": average, "qem": MIDDLE[criterion],
+    }  # fmt: skip
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row, for people."""
+    table = f"table {row['table_s']:.3f} s, least {row['least_s']:.3f}  ten QEMs {row['ten_s'] * 1e3:.2f} ms"
+    start = f"{row['network']:20} {row['criterion']:9} {row['weights'] / 1e6:5.1f}M weights"
+    return f"{start}  {table}  {row['bits']:.2f} bits at {row['qem']:g}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repeat", type=int, default=7)
-    repeat = parser.parse_args().repeat
-    print(f"{processor()}, one thread, numpy {np.__version__}, median of {repeat}")
+    parser.add_argument("-o", "--out", type=Path, help="write the rows as JSON")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    print(f"{processor()}, one thread, numpy {np.__version__}, median of {args.repeat}")
     for name, shapes in NETWORKS.items():
         for criterion in mixquant.CRITERIA:
-            print(bench(name, shapes(), criterion, repeat), flush=True)
+            rows.append(bench(name, shapes(), criterion, args.repeat))
+            print(line(rows[-1]), flush=True)
+    if args.out:
+        write_atomic(args.out, (json.dumps(rows, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

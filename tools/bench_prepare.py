@@ -10,6 +10,7 @@ beside a memory copy of as many bytes, taken in turns. Times are those of the th
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ from qdeploy.compile.kernels.join import LAYOUTS, join_kernel
 from qdeploy.compile.llvm import Resolved, resolve
 from qdeploy.compile.pipeline import compile_model
 from qdeploy.errors import QDeployError
+from qdeploy.files import write_atomic
 from qdeploy.profile.latency import machine
 from qdeploy.profile.report import machine_line
 from qdeploy.qdq import arrays, load_model
@@ -100,11 +102,13 @@ def main() -> None:
     parser.add_argument("--target", type=Path, action="append", help="a target file, again for more")
     parser.add_argument("--model", type=Path, default=ROOT / "build" / "bench" / "resnet18.qdq.onnx")
     parser.add_argument("--repeat", type=int, default=15)
+    parser.add_argument("-o", "--out", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
     if not args.model.is_file():
         raise SystemExit(f"{args.model} is missing: make it by tools/bench_compile.py --networks resnet18")
     print(machine_line(machine()))
     weights = sum(a.size for a in arrays(load_model(args.model)[1]).values() if a.ndim > 1 and a.dtype.itemsize == 1)
+    rows: list[dict[str, Any]] = []
     for path in args.target or [ROOT / "targets" / f"{name}.toml" for name in TARGETS]:
         try:
             resolved = resolve(load_target(path))
@@ -120,11 +124,16 @@ def main() -> None:
             f"{path.stem}: {args.model.name}: {weights} weights packed in {median:.1f} ms ({low:.1f} .. {high:.1f}), "
             f"{median * 1e6 / weights:.2f} ns a weight"
         )
+        row: dict[str, Any] = {"target": path.stem, "model": args.model.name, "weights": weights, "ms": median}
+        rows.append(row | {"low_ms": low, "high_ms": high, "joins": {}})
         for label, made, copied in join_rates(join_function(resolved), weights, args.repeat):
+            rows[-1]["joins"][label] = {"bytes_s": made, "copy_bytes_s": copied}
             print(
                 f"    {label:20} {made / 1e9:5.1f} GB/s, copy {copied / 1e9:5.1f} GB/s: {100 * made / copied:3.0f}%",
                 flush=True,
             )
+    if args.out:
+        write_atomic(args.out, (json.dumps(rows, indent=1, default=float) + "\n").encode())
 
 
 if __name__ == "__main__":

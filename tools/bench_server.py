@@ -1,6 +1,6 @@
 """The built-in server beside nginx, on this machine over loopback: throughput, latency, memory, errors.
 
-    python tools/bench_server.py [--seconds S] [--rounds N] [--case CONNECTIONS:BYTES]... [--json FILE]
+    python tools/bench_server.py [--seconds S] [--rounds N] [--case CONNECTIONS:BYTES]... [-o FILE]
 
 Both serve the same folder from one worker process each, nginx with the configuration of docs/serving.md. A load client
 in a process of its own keeps CONNECTIONS connections busy, each asking for an object of BYTES again as soon as it has
@@ -332,17 +332,18 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="of one round")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--case", action="append", metavar="CONNECTIONS:BYTES")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("-o", "--out", type=Path, help="write the rows as JSON")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
+    from qdeploy.files import write_atomic
     from qdeploy.profile.latency import machine
     from qdeploy.profile.report import machine_line
 
     print(machine_line(machine()))
     cases = [Case(*map(int, text.split(":"))) for text in args.case or CASES]
     rows = compare(cases, args.rounds, args.seconds)
-    if args.json is not None:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    if args.out is not None:
+        write_atomic(args.out, (json.dumps(rows, indent=1) + "\n").encode())
     return int(any(row[name]["errors"] for row in rows for name in ("qdeploy", "nginx") if name in row))
 
 

@@ -21,7 +21,7 @@ from qdeploy.serve.database import StateDatabase
 from qdeploy.serve.limits import Limits, allow_files
 from qdeploy.serve.logs import LineFile
 from qdeploy.serve.metrics import Metrics
-from qdeploy.serve.pages import packaged
+from qdeploy.serve.pages import Pages, packaged
 from qdeploy.serve.reports import Reports
 from qdeploy.serve.site import Site
 from qdeploy.serve.tree import check_published
@@ -38,9 +38,10 @@ class Options:
     `log` gets one JSON line a request (`byte_log.Sent`), `access_log` one in the common log format (`-` is standard
     error). `cert` and `key` are PEM files: TLS. `devices` is the SQLite file for what devices report; they need
     `token` if it is set. `admin_port` has metrics and the fleet (admin.py), on 127.0.0.1 only.
-    `browser` serves the page that makes a browser a device (qdeploy/web/device) at BROWSER_PREFIX. The operators' port
-    also answers to `admin_names`, and with `control_token` takes changes of the rollout, which it signs with `keys`
-    (controls.py) where there are any.
+    `browser` serves the page that makes a browser a device (qdeploy/web/device) at BROWSER_PREFIX, with the keys and
+    sample images of the folder `browser_files`, if there is one (pages.BESIDE). The operators' port also answers to
+    `admin_names`, and with `control_token` takes changes of the rollout, which it signs with `keys` (controls.py) where
+    there are any.
     """
 
     host: str = "127.0.0.1"
@@ -54,10 +55,17 @@ class Options:
     admin_port: int | None = None
     limits: Limits = field(default_factory=Limits)
     browser: bool = False
+    browser_files: Path | None = None
     admin_names: tuple[str, ...] = ()
     control_token: str | None = None
     keys: tuple[Path, ...] = ()
     passphrase_file: Path | None = None
+
+
+def _browser_pages(options: Options) -> Pages | None:
+    if not options.browser and options.browser_files is None:
+        return None
+    return packaged("device", BROWSER_PREFIX, wasm=True, beside=options.browser_files)
 
 
 def _tls(options: Options) -> ssl.SSLContext | None:
@@ -125,7 +133,7 @@ async def _run(root: Path, options: Options, tls: ssl.SSLContext | None, ready: 
             database = stack.enter_context(contextlib.closing(StateDatabase(options.devices)))
             reports = Reports(database, options.token, limits, metrics)
             stack.push_async_callback(reports.close)
-        pages = packaged("device", BROWSER_PREFIX, wasm=True) if options.browser else None
+        pages = _browser_pages(options)
         site = Site(root, limits, metrics, byte_log, access, reports, pages).server()
         url = await stack.enter_async_context(_listening(site, options.host, options.port, tls, limits.stop_s))
         admin_url = None

@@ -25,6 +25,7 @@ TYPES = {
     "svg": "image/svg+xml", "png": "image/png", "jpg": "image/jpeg", "ico": "image/x-icon",
     "bin": "application/octet-stream", "npy": "application/octet-stream",
 }  # fmt: skip
+BESIDE = frozenset({"root.json", "sample/images.npy", "sample/labels.npy", "sample/classes.npy"})  # an operator's own
 _PART = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"
 _PATH = re.compile(rf"(?:{_PART}/){{0,3}}{_PART}\.({'|'.join(TYPES)})", re.ASCII)
 
@@ -47,8 +48,9 @@ def policy(wasm: bool) -> str:
 
 @dataclass(frozen=True)
 class PageFile:
-    """One file of a page: path parts below the folder, media type."""
+    """One file of a page: the folder, path parts below it, media type."""
 
+    folder: Path
     parts: tuple[str, ...]
     media: str
 
@@ -56,13 +58,16 @@ class PageFile:
 class Pages:
     """The files of `folder` at `prefix`, which begins and ends with a slash. Raises DeviceError without an index.html.
 
-    Only names of TYPES are served, matched undecoded; symbolic links are not followed, hidden files not shown.
+    Only names of TYPES are served, matched undecoded; symbolic links are not followed, hidden files not shown. Files
+    named in BESIDE come from the folder `beside`, if there is one.
     """
 
-    def __init__(self, folder: Path, prefix: str, wasm: bool = False) -> None:
+    def __init__(self, folder: Path, prefix: str, wasm: bool = False, beside: Path | None = None) -> None:
         if not (folder / INDEX).is_file():
             raise DeviceError(f"{folder / INDEX} is not there: install qdeploy again, with its pages")
-        self.folder, self.prefix = folder, prefix
+        if beside is not None and not (beside / "root.json").is_file():
+            raise DeviceError(f"{beside / 'root.json'} is not there: copy 1.root.json of the keys' folder to it")
+        self.folder, self.prefix, self.beside = folder, prefix, beside
         self._headers = {
             "Cache-Control": REVALIDATE,
             "Content-Security-Policy": policy(wasm),
@@ -79,7 +84,10 @@ class Pages:
         if not path.startswith(self.prefix):
             return None
         match = _PATH.fullmatch(path[len(self.prefix) :] or INDEX)
-        return None if match is None else PageFile(tuple(match[0].split("/")), TYPES[match[1]])
+        if match is None:
+            return None
+        folder = self.beside if self.beside is not None and match[0] in BESIDE else self.folder
+        return PageFile(folder, tuple(match[0].split("/")), TYPES[match[1]])
 
     def wants_slash(self, raw_path: str) -> bool:
         """True for the prefix without its last slash, under which a page's relative links would miss."""
@@ -87,7 +95,7 @@ class Pages:
 
     def open(self, page: PageFile) -> int:
         """Open the file for reading; raises OSError."""
-        return open_beneath(self.folder, page.parts)
+        return open_beneath(page.folder, page.parts)
 
     def headers_of(self, page: PageFile, fd: int, size: int) -> tuple[str, dict[str, str]]:
         """Entity tag (SHA-256 of the content, remembered while the file stays as it is) and headers."""
@@ -121,6 +129,6 @@ class Pages:
             os.close(fd)
 
 
-def packaged(name: str, prefix: str, wasm: bool = False) -> Pages:
+def packaged(name: str, prefix: str, wasm: bool = False, beside: Path | None = None) -> Pages:
     """The pages of qdeploy/web/`name`; raises DeviceError."""
-    return Pages(Path(str(files("qdeploy"))) / "web" / name, prefix, wasm)
+    return Pages(Path(str(files("qdeploy"))) / "web" / name, prefix, wasm, beside)

@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def url(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(app, "packaged", lambda _, prefix, wasm: Pages(folder, prefix, wasm))
+    monkeypatch.setattr(app, "packaged", lambda _, prefix, wasm, beside: Pages(folder, prefix, wasm, beside))
     with serving(make_root(tmp_path), options=Options(port=0, browser=True)) as url:
         yield url
 
@@ -118,3 +118,20 @@ def test_no_name_of_a_tree_is_a_pages() -> None:
 def test_a_page_that_is_not_installed(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="install qdeploy again"):
         Pages(tmp_path, "/ui/x/")
+
+
+def test_an_operators_own_files_beside_the_page(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "packaged", lambda _, prefix, wasm, beside: Pages(folder, prefix, wasm, beside))
+    own = tmp_path / "own"
+    (own / "sample").mkdir(parents=True)
+    options, root = Options(port=0, browser_files=own), make_root(tmp_path)
+    with pytest.raises(DeviceError, match="copy 1.root.json"), serving(root, options=options):
+        pass
+    for name in ("root.json", "sample/images.npy", "index.html", "sample/secret.npy"):
+        (own / name).write_bytes(name.encode())
+    with serving(root, options=options) as url:
+        assert ask(url, "/ui/device/root.json")[::2] == (200, b"root.json")
+        assert ask(url, "/ui/device/sample/images.npy")[::2] == (200, b"sample/images.npy")
+        assert ask(url, "/ui/device/")[2] == HTML
+        for name in ("sample/labels.npy", "sample/secret.npy"):
+            assert ask(url, f"/ui/device/{name}")[0] == 404
