@@ -34,6 +34,9 @@ def frozen() -> FrozenNet:
     scatter(net)
     for tensor in net.low_tensors():
         net.activation(tensor).set_width(2 + len(tensor) % 6)  # the first images that come decide the range
+    sizes = net.size_kib()
+    object.__setattr__(net.choice, "weight_kib", sizes["weights"])
+    object.__setattr__(net.choice, "activation_kib", sizes["activations"])
     net.settle()
     return extract(net, net.only, "learned", images, None)
 
@@ -104,7 +107,7 @@ def test_the_command_line_takes_the_learned_widths(tmp_path: Path, fashion_test:
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
         return result.exit_code, result.output
 
-    code, text = qdeploy("train", tmp_path / "r.toml", "-o", tmp_path / "run")
+    code, text = qdeploy("train", tmp_path / "r.toml", "-o", tmp_path / "run", "--json")
     assert code == 0, text
     size = json.loads(text.splitlines()[-1])["size_kib"]
     assert size["weights"] <= 0.7 and size["activations"] <= 2.9

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from qdeploy import image_folder
 from qdeploy.data import Dataset, load
 from qdeploy.errors import DataError, DeviceError
 from qdeploy.quant.calibrate import calibrated
-from qdeploy.train import run as train_run
 from qdeploy.train.run import accuracy, load_run, training_set
 from tests.tools.test_claims import ROOT, tool  # noqa: F401  # the fixture
 
@@ -44,7 +44,7 @@ def few_test_images(tool: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> D
     def shortened(name: str, split: str, data_dir: Path | None = None) -> Dataset:
         return load(name, split, data_dir).take(500) if split == "test" else load(name, split, data_dir)
 
-    for module in (tool.cells, train_run):
+    for module in (tool.cells, image_folder):
         monkeypatch.setattr(module, "load", shortened)
     return shortened("fashion-mnist", "test")
 
@@ -74,7 +74,7 @@ def test_cells_are_trained_measured_and_kept(
     assert set(cells) == {("a", 3), ("b", 3)} and all(cell["cpu_seconds"] > 0 for cell in cells.values())
     assert set(cells["a", 3]["figures"]) == {"2", "4"} and cells["a", 3]["float"] == cells["b", 3]["float"]
     said = capfd.readouterr().out
-    assert "a 3: float: epoch 1/1" in said and "b 3: float: epoch" not in said and "b 3: quantized: epoch" in said
+    assert "a 3: float: step" in said and "b 3: float: step" not in said and "b 3: quantized: step" in said
     recipe, net = load_run(tmp_path / "work" / "part" / "b" / "3")
     assert recipe == known["b"].recipe(3, False)
     spec, test = net.uniform(2), load("fashion-mnist", "test")
@@ -162,7 +162,7 @@ def await_quantized(process: subprocess.Popen[str]) -> None:
     """Until the cell's process says that the quantized phase goes on."""
     assert process.stdout is not None
     for line in process.stdout:
-        if "a 0: quantized: epoch" in line:
+        if "a 0: quantized: step" in line:
             return
     raise AssertionError("the cell ended before it was stopped")
 

@@ -150,7 +150,9 @@ def test_resolutions_need_an_elastic_network(tmp_path: Path) -> None:
 
 def test_the_command_line_takes_the_subnet_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, asked = SubnetSpec.build("tiny", {"a": (2, 2), "b": (8, 8)}), []
-    monkeypatch.setattr("qdeploy.train.run.train", lambda recipe, *_: asked.append(recipe) or {})
+    monkeypatch.setattr(
+        "qdeploy.train.run.train", lambda recipe, *_: asked.append(recipe) or {"float": 10.0, "levels": {}}
+    )
     (tmp_path / "spec.json").write_bytes(canonical_json(spec.to_json()))
     for method in ("eqnet", "vertical"):
         recipe = f'[network]\nname = "tiny"\n[data]\nname = "fashion-mnist"\n[quantization]\nmethod = "{method}"\n'

@@ -36,6 +36,6 @@ def copy_page(folder: Path, root: bytes | None, data: Dataset | None) -> Path:
 def serving_page(tree: Path, page: Path, log: Path | None = None) -> Iterator[str]:
     """Serve a published tree and a copy of the page; yields the page's URL."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "packaged", lambda _, prefix, wasm: Pages(page, prefix, wasm))
+        patch.setattr(app, "packaged", lambda _, prefix, wasm, beside: Pages(page, prefix, wasm, beside))
         with serving(tree, options=Options(port=0, log=log, browser=True)) as url:
             yield f"{url}{app.BROWSER_PREFIX}"
