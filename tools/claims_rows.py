@@ -23,6 +23,7 @@ CIFAR_SHAPE = (3, 32, 32)
 THINNEST = 1
 SIZE_3 = {"weight_kib": 28.99, "activation_kib": 9.44}  # of the ResNet-8 with 3 bits, 8 in the first and last layer
 SIZE_2 = {"weight_kib": 19.68, "activation_kib": 7.32}
+SIZE_BETWEEN = {"weight_kib": 24.33, "activation_kib": 8.38}  # halfway
 SCALINGS = (  # of the gradients through rounding weights, activations
     *(("ste", "ste"), ("ewgs", "ste"), ("ste", "invtanh"), ("ewgs", "invtanh"), ("ewgs", "ewgs")),
     *(("pbgs", "pbgs"), ("acos", "acos"), ("tanh", "tanh")),
@@ -150,7 +151,7 @@ def rows() -> dict[str, Row]:
 
 
 def _differentiable() -> list[Row]:
-    """Widths learned within the size of 3 bits, other ways to share that out, and gradient scalings at 2 bits."""
+    """Widths learned within a size, other ways to share that out, and gradient scalings at 2 bits."""
 
     def row(name: str, phases: dict[str, int], **choices: Any) -> Row:
         epochs = {f"{key}_phase": QUANTIZED | {"epochs": number} for key, number in phases.items()}
@@ -158,6 +159,10 @@ def _differentiable() -> list[Row]:
 
     found = [row("learned", {"uniform": 1, "precision": 2})]
     found += [row(kind, {"uniform": 3}, allocation=kind) for kind in ("uniform", "mixquant")]
+    found += [row("learned-long", {"uniform": 1, "precision": 6})]
+    found += [row("uniform-long", {"uniform": 7}, allocation="uniform")]
+    found += [row("learned-between", {"uniform": 1, "precision": 2}, **SIZE_BETWEEN)]
+    found += [row("mixquant-between", {"uniform": 3}, allocation="mixquant", **SIZE_BETWEEN)]
     for weights, activations in SCALINGS:
         choices = {"allocation": "uniform", "weight_gradient": weights, "activation_gradient": activations}
         found.append(row(f"2bit-{weights}-{activations}", {"uniform": 1}, **choices, **SIZE_2))

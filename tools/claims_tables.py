@@ -183,14 +183,24 @@ def _differentiable() -> Table:
         "learned": "learned by gradient",
         "uniform": "3 bits everywhere",
         "mixquant": "MixQuant's widths, activations 3 bits",
+        "learned-long": "learned by gradient, twice the epochs",
+        "uniform-long": "3 bits everywhere, twice the epochs",
+        "learned-between": "learned by gradient, between the sizes of 2 and 3 bits",
+        "mixquant-between": "MixQuant's widths, between the sizes, activations 2 bits",
     }
+    pairs = (
+        ("learned", "uniform"),
+        ("learned", "mixquant"),
+        ("learned-long", "uniform-long"),
+        ("learned-between", "mixquant-between"),
+    )
     lines = {key: figures([f"diff-{key}"] * len(wanted), wanted) for key in labels}
     goals = tuple(
-        Goal(f"learned widths are above {labels[key]}", minus(lines["learned"][:1], lines[key][:1]), NOISE)
-        for key in ("uniform", "mixquant")
+        Goal(f"{labels[one]} is above {labels[other]}", minus(lines[one][:1], lines[other][:1]), NOISE)
+        for one, other in pairs
     )
     shown = tuple((labels[key], line) for key, line in lines.items())
-    return Table("Differentiable mixed precision: widths within one size, all trained as long", wanted, shown, goals)
+    return Table("Differentiable mixed precision: widths within a size, each pair trained as long", wanted, shown, goals)
 
 
 def _scalings() -> Table:
