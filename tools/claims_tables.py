@@ -200,7 +200,8 @@ def _differentiable() -> Table:
         for one, other in pairs
     )
     shown = tuple((labels[key], line) for key, line in lines.items())
-    return Table("Differentiable mixed precision: widths within a size, each pair trained as long", wanted, shown, goals)
+    title = "Differentiable mixed precision: widths within a size, each pair trained as long"
+    return Table(title, wanted, shown, goals)
 
 
 def _scalings() -> Table:
