@@ -74,9 +74,10 @@ def _source(model: Path, options: dict[str, Any], shape: tuple[str, tuple[int, .
             raise click.UsageError("--weights belongs to a torch network, package.module:function")
         yield model
         return
-    from qdeploy.ptq.torch_source import FACTORY, exported
+    from qdeploy.nets.own import FUNCTION
+    from qdeploy.ptq.torch_source import exported
 
-    if FACTORY.fullmatch(str(model)) is None:
+    if FUNCTION.fullmatch(str(model)) is None:
         raise click.UsageError(f"{model} is no file and no package.module:function")
     with exported(str(model), options["weights"], shape) as path:
         yield path

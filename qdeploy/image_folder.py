@@ -21,11 +21,10 @@ import numpy as np
 from qdeploy.data import Dataset, load
 from qdeploy.errors import DataError
 from qdeploy.files import read_bytes, sha256
+from qdeploy.pictures import COLOURS, read_picture
 from qdeploy.recipe import FOLDER, DataChoice
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".ppm")
-GREY = ("1", "L", "I", "I;16", "LA")  # Pillow's modes without colour
-COLOURS = 3
 
 
 def load_split(choice: DataChoice, split: str, data_dir: Path | None) -> Dataset:
@@ -183,39 +182,11 @@ def _mixed(
     return images[order], labels[order], testing
 
 
-def open_picture(path: Path) -> tuple[tuple[int, int], int]:
-    """((H, W), channels) of a picture, of which the head alone is read. Raises DataError."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            return (opened.height, opened.width), 1 if opened.mode in GREY else COLOURS
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise DataError(f"{path} is a damaged picture ({_reason(e)}): remove it or make it again") from e
-
-
 def _picture(path: Path, choice: DataChoice) -> np.ndarray:
     """uint8 [C, H, W] of one picture, scaled and cut where the recipe says so."""
-    from PIL import Image
-
     height, width = choice.size
-    try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB" if choice.channels == COLOURS else "L")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise DataError(f"{path} is a damaged picture ({_reason(e)}): remove it or make it again") from e
-    if picture.size != (width, height):
-        if choice.resize is None:
-            raise DataError(
-                f"{path} is {picture.height} x {picture.width}, the recipe says {height} x {width}: give pictures of "
-                'one size, or set resize = "crop" under [data] to scale the shorter side and cut out the centre'
-            )
-        scale = max(width / picture.width, height / picture.height)
-        larger = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-        left, top = (larger[0] - width) // 2, (larger[1] - height) // 2
-        picture = picture.resize(larger, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
-    return np.asarray(picture, np.uint8).reshape(height, width, -1).transpose(2, 0, 1)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    otherwise = (
+        f"the recipe says {height} x {width}: give pictures of one size, or set "
+        'resize = "crop" under [data] to scale the shorter side and cut out the centre'
+    )
+    return read_picture(path, (height, width), choice.channels or 1, choice.resize is not None, otherwise)

@@ -12,7 +12,8 @@ from typing import Any
 
 from qdeploy.errors import DataError, DeviceError, RecipeError
 from qdeploy.files import write_atomic
-from qdeploy.image_folder import Images, find_images, open_picture
+from qdeploy.image_folder import Images, find_images
+from qdeploy.pictures import picture_shape
 from qdeploy.recipe import FOLDER, load_recipe
 
 RECIPE = "recipe.toml"
@@ -138,7 +139,7 @@ def _shapes(found: Images, names: tuple[str, ...]) -> tuple[int, Counter[tuple[i
     shapes: Counter[tuple[int, int, int]] = Counter()
     for path, name in found.paths:
         if name in names:
-            (height, width), channels = open_picture(path)
+            (height, width), channels = picture_shape(path)
             shapes[channels, height, width] += 1
     return shapes.total(), shapes
 

@@ -16,7 +16,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qdeploy"
 
-VOCABULARY = "files progress space cost target recipe frozen integer data image_folder selftest"
+VOCABULARY = "files progress space cost target recipe frozen integer data pictures image_folder selftest"
 STAGES = (
     f"{VOCABULARY} bundle qdq ladder train subnet allocate freeze extract workers evaluate export bundle.write"
     " compile.artifact compile profile client serve inspect search farm report report.front package"
@@ -35,7 +35,8 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "frozen": ("errors files space", "numpy safetensors", ""),
     "integer": ("errors frozen", "numpy", ""),
     "data": ("errors files", "numpy", ""),
-    "image_folder": ("errors files recipe data", "numpy", "PIL"),
+    "pictures": ("errors", "numpy PIL", ""),
+    "image_folder": ("errors files recipe data pictures", "numpy", ""),
     "selftest": ("errors", "", "numpy tvm"),
     # what the stages share
     "nets": ("errors space", "torch", ""),
@@ -88,11 +89,11 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "report": ("errors files", "numpy matplotlib", ""),
     "report.front": ("errors files space search report", "numpy", ""),
     "report.folders": ("errors files bundle inspect report report.front", "", ""),
-    "ptq": ("errors files progress data qdq report ptq.mixquant", "numpy onnx", "onnxruntime onnxsim PIL"),
+    "ptq": ("errors files progress data pictures qdq report ptq.mixquant", "numpy onnx", "onnxruntime onnxsim"),
     "ptq.learn": ("errors qdq ptq", "numpy torch onnx", ""),  # torch for who asks for learned rounding alone
     "ptq.reconstruct": ("errors files progress qdq ptq ptq.learn", "numpy", ""),
-    "ptq.torch_source": ("errors qdq ptq", "numpy torch", "safetensors"),
-    "cli_quantize": ("errors cli_options", "click", "files ptq ptq.reconstruct ptq.torch_source"),
+    "ptq.torch_source": ("errors nets qdq ptq", "numpy torch", "safetensors"),
+    "cli_quantize": ("errors cli_options", "click", "files nets ptq ptq.reconstruct ptq.torch_source"),
     "package": (
         "errors files target qdq bundle ladder bundle.write compile.artifact compile client",
         "numpy",
@@ -102,7 +103,7 @@ TABLE: dict[str, tuple[str, str, str]] = {
     "demo_search": (f"errors quant {STAGES}", "numpy", ""),
     "demo": (f"errors demo_search trust {STAGES}", "numpy", ""),
     "doctor": ("selftest target installed", "", ""),
-    "scaffold": ("errors files recipe data image_folder", "numpy", "nets"),
+    "scaffold": ("errors files recipe data pictures image_folder", "numpy", "nets"),
     "cli_publish": ("errors cli_options", "click", "files trust"),
     "cli_search": ("errors cli_options", "click", f"{STAGES} torch"),
     "cli_device": ("errors progress cli_options", "click", "files client numpy"),

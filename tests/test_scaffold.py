@@ -86,7 +86,7 @@ def test_a_network_and_arrays_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mo
     for name, problem in [
         ("wrong", "not into logits [2, 2]"),
         ("nothing", "returned a int"),
-        ("fails", "it takes (channels, classes)"),
+        ("fails", "a function that takes (channels, classes)"),
         ("absent", "cannot be imported"),
     ]:
         recipe.write_text(recipe.read_text().replace("scaffold_nets:make", f"scaffold_nets:{name}"))

@@ -6,8 +6,6 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,31 +15,27 @@ from qdeploy.errors import ModelError
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 
 
-def import_function(name: str) -> Callable[..., Any]:
-    """What `name` says; its module may lie in the working directory. Raises ModelError."""
+def make_own(name: str, *arguments: int) -> nn.Module:
+    """The network that the function `name` returns for `arguments`, in float32 on the processor.
+
+    The function's module may lie in the working directory. Raises ModelError.
+    """
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:
-        found: Callable[..., Any] = pkgutil.resolve_name(name)
+        make = pkgutil.resolve_name(name)
     except Exception as e:  # importing runs the user's code, which may raise anything
         raise ModelError(
             f"{name} cannot be imported ({first_line(e)}): name a function as package.module:function"
         ) from e
-    return found
-
-
-def build_own(name: str, channels: int, classes: int) -> nn.Module:
-    """The network that the function `name` returns for (channels, classes), in float32 on the processor.
-
-    It must take float32 images [n, channels, H, W] and return logits [n, classes]. Raises ModelError.
-    """
-    make = import_function(name)
+    call = f"{name}({', '.join(map(str, arguments))})"
     try:
-        network = make(channels, classes)
-    except Exception as e:  # the user's code
-        raise ModelError(f"{name}({channels}, {classes}) failed ({first_line(e)}): it takes (channels, classes)") from e
+        network = make(*arguments)
+    except Exception as e:
+        taken = "(channels, classes)" if arguments else "no arguments"
+        raise ModelError(f"{call} failed ({first_line(e)}): give a function that takes {taken}") from e
     if not isinstance(network, nn.Module):
-        raise ModelError(f"{name} returned a {type(network).__name__}: it has to return a torch.nn.Module")
+        raise ModelError(f"{call} returned a {type(network).__name__}: it has to return a torch.nn.Module")
     return network.float().cpu()
 
 

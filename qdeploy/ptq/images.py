@@ -14,6 +14,7 @@ import numpy as np
 
 from qdeploy.data import SPLITS, load
 from qdeploy.errors import DataError
+from qdeploy.pictures import read_picture
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm")
 LABELS = "labels.npy"
@@ -118,29 +119,13 @@ def _laid_out(array: np.ndarray, path: Path, shape: tuple[int, ...], reading: Re
 
 def _picture(path: Path, shape: tuple[int, ...], reading: Reading) -> np.ndarray:
     """uint8 [C, H, W], or [H, W, C] for a network that reads that."""
-    from PIL import Image, UnidentifiedImageError
-
     if len(shape) != 4 or not {shape[1], shape[3]} & {1, 3}:  # noqa: PLR2004
         raise DataError(f"the model reads {list(shape)}, which is no picture: give .npy arrays of that shape")
     last = shape[1] not in (1, 3)
     channels, height, width = (shape[3], shape[1], shape[2]) if last else shape[1:]
-    try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB" if channels == 3 else "L")  # noqa: PLR2004
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as e:
-        raise DataError(f"{path} is a damaged picture ({e}): remove it or make it again") from e
-    if picture.size != (width, height):
-        if not reading.resize:
-            raise DataError(
-                f"{path} is {picture.height} x {picture.width}, the model reads {height} x {width}: "
-                "add --resize to scale and cut pictures, or give them in that size"
-            )
-        scale = max(width / picture.width, height / picture.height)
-        larger = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-        left, top = (larger[0] - width) // 2, (larger[1] - height) // 2
-        picture = picture.resize(larger, Image.Resampling.BILINEAR).crop((left, top, left + width, top + height))
-    pixels = np.asarray(picture).reshape(height, width, channels)
-    return pixels if last else pixels.transpose(2, 0, 1)
+    otherwise = f"the model reads {height} x {width}: add --resize to scale and cut pictures, or give them in that size"
+    pixels = read_picture(path, (height, width), channels, reading.resize, otherwise)
+    return pixels.transpose(1, 2, 0) if last else pixels
 
 
 def _normalized(images: np.ndarray, shape: tuple[int, ...], reading: Reading) -> np.ndarray:

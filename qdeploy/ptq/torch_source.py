@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pkgutil
-import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qdeploy.errors import ModelError
+from qdeploy.nets.own import first_line, make_own
 from qdeploy.ptq.graph import run, session
 from qdeploy.qdq import load_model
 
-FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 OPSET = 17
 NESTED = ("state_dict", "model_state_dict", "model")  # where training scripts keep the weights in a checkpoint
 SAME = 1e-3  # of the greatest output: what exporting may change
@@ -39,32 +35,13 @@ def exported(factory: str, weights: Path | None, shape: Shape | None) -> Iterato
     """
     if shape is None:
         raise ModelError(f"the input of {factory} has no shape yet: give --shape input=1,3,224,224, with its sizes")
-    network = make_network(factory)
+    network = make_own(factory)
     if weights is not None:
         load_weights(network, read_weights(weights))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{factory.partition(':')[2]}.onnx"
         export(network.eval(), factory, shape, path)
         yield path
-
-
-def make_network(factory: str) -> nn.Module:
-    """The network that `factory` returns, in float32 on the processor."""
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        make = pkgutil.resolve_name(factory)
-    except Exception as e:  # importing runs the user's code, which may raise anything
-        raise ModelError(
-            f"{factory} cannot be imported ({_line(e)}): name a function as package.module:function"
-        ) from e
-    try:
-        network = make()
-    except Exception as e:
-        raise ModelError(f"{factory}() failed ({_line(e)}): give a function that takes no arguments") from e
-    if not isinstance(network, nn.Module):
-        raise ModelError(f"{factory}() returned a {type(network).__name__}: it has to return a torch.nn.Module")
-    return network.float().cpu()
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -77,7 +54,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         found: Any = load_file(path) if path.suffix == ".safetensors" else _unnested(path)
     except (SafetensorError, OSError) as e:
-        raise ModelError(f"{path} is damaged ({_line(e)}): save the weights again") from e
+        raise ModelError(f"{path} is damaged ({first_line(e)}): save the weights again") from e
     except Exception as e:  # torch.load raises many kinds for what holds more than tensors
         raise ModelError(f"{path} holds more than tensors or is damaged: save the state_dict as .safetensors") from e
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
@@ -118,7 +95,7 @@ def export(network: nn.Module, factory: str, shape: Shape, path: Path) -> None:
             expected = _first_output(network(second))
     except Exception as e:  # the network's own code runs here
         sizes_text = ",".join(map(str, sizes))
-        raise ModelError(f"{factory} cannot be exported for --shape {name}={sizes_text}: {_line(e)}") from e
+        raise ModelError(f"{factory} cannot be exported for --shape {name}={sizes_text}: {first_line(e)}") from e
     model = load_model(path)[1]
     found = next(run(session(model), noise[1:], [model.graph.output[0].name]))[0]
     worst = float(np.nanmax(np.abs(expected), initial=0)) * SAME + 1e-6
@@ -130,7 +107,3 @@ def _first_output(value: Any) -> np.ndarray:
     while not isinstance(value, Tensor):
         value = next(iter(value.values())) if isinstance(value, dict) else value[0]
     return np.asarray(value.numpy())
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

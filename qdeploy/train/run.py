@@ -20,7 +20,7 @@ from qdeploy.files import canonical_json, parse_json, read_bytes, write_atomic
 from qdeploy.image_folder import load_split
 from qdeploy.nets import SPACES, build, build_supernet
 from qdeploy.nets.elastic import Supernet
-from qdeploy.nets.own import FUNCTION, build_own, check_own
+from qdeploy.nets.own import FUNCTION, check_own, make_own
 from qdeploy.progress import Echo, silent
 from qdeploy.quant.calibrate import CALIBRATION_BATCH, calibrated
 from qdeploy.quant.differentiable import DifferentiableNet
@@ -108,7 +108,7 @@ def new_network(recipe: Recipe, channels: int, classes: int) -> nn.Module:
                 only=None if only is None else only.architecture or Architecture(),
             )
         if FUNCTION.fullmatch(choice.name):
-            return build_own(choice.name, channels, classes)
+            return make_own(choice.name, channels, classes)
         if choice.resolutions or choice.widths:
             raise RecipeError(
                 f"network {choice.name} is not elastic: leave resolutions and widths out, or choose one of "

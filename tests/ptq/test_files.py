@@ -372,11 +372,11 @@ def test_a_torch_network_is_quantized_with_weights_of_a_file(networks: Path) -> 
     import torch
     from safetensors.torch import save_file
 
-    from qdeploy.ptq.torch_source import make_network
+    from qdeploy.nets.own import make_own
 
     torch.manual_seed(3)
     state = {name: torch.rand_like(value) if value.is_floating_point() else value
-             for name, value in make_network("torch_networks:small").state_dict().items()}  # fmt: skip
+             for name, value in make_own("torch_networks:small").state_dict().items()}  # fmt: skip
     save_file(state, networks / "w.safetensors")
     torch.save({"epoch": 3, "state_dict": state}, networks / "w.pt")
     base = ("quantize", "torch_networks:small", "--data", networks / "data", "--shape", "image=1,3,16,16", "-o")
