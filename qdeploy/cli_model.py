@@ -162,23 +162,28 @@ def compile_(  # noqa: PLR0913, PLR0917
 
 @click.command(
     epilog=examples(
-        "qdeploy profile artifact --model w2.onnx", "qdeploy profile artifact --model w2.onnx --layers --json"
+        "qdeploy profile artifact --model w2.onnx",
+        "qdeploy profile artifact --model w2.onnx --layers -o artifact/profile.json",
     )
 )
 @click.argument("artifact", type=PATH)
 @click.option("--model", type=PATH, required=True, help="The QDQ ONNX level to run in it and in ONNX Runtime.")
 @click.option("--repeats", type=click.IntRange(1), default=30, show_default=True, help="Interleaved rounds.")
 @click.option("--layers", is_flag=True, help="Also time every kernel, and say why int8 is or is not faster here.")
+@click.option("-o", "--out", type=PATH, help="Also write it as JSON, for `qdeploy report` to ARTIFACT/profile.json.")
 @as_json
-def profile(artifact: Path, model: Path, repeats: int, layers: bool, as_json: bool) -> None:
+def profile(artifact: Path, model: Path, repeats: int, layers: bool, out: Path | None, as_json: bool) -> None:
     """Latency of ARTIFACT and of ONNX Runtime side by side, BitOPs, weight bytes, planned peak memory."""
     from qdeploy.selftest import check_tvm
 
     check_tvm()
+    from qdeploy.files import canonical_json, write_atomic
     from qdeploy.profile.report import profile as measure
     from qdeploy.profile.report import render
 
     found = measure(artifact, model, repeats, layers)
+    if out is not None:
+        write_atomic(out, canonical_json(found))
     show(found, render(found), as_json)
 
 

@@ -13,7 +13,7 @@ from qdeploy.cli_options import PATH, as_json, examples, force, show
     epilog=examples(
         "qdeploy report front -o report.html",
         "qdeploy report RUN front tree artifact -o report.html --plots plots",
-        "qdeploy profile artifact --model w2.onnx --layers --json > artifact/profile.json",
+        "qdeploy profile artifact --model w2.onnx --layers -o artifact/profile.json",
     )
 )
 @click.argument("folders", metavar="DIR...", type=PATH, nargs=-1, required=True)

@@ -60,10 +60,12 @@ def test_export_compile_and_bundle(folder: Path) -> None:
 
 
 def test_profile_and_report(folder: Path) -> None:
-    found = document("profile", folder / "artifact", "--model", folder / "w2.onnx", "--repeats", 2)
-    assert isinstance(found, dict) and found
-    found = document("report", folder / "tree", "-o", folder / "page.html")
+    kept = folder / "artifact" / "profile.json"
+    found = document("profile", folder / "artifact", "--model", folder / "w2.onnx", "--repeats", 2, "-o", kept)
+    assert isinstance(found, dict) and json.loads(kept.read_text()) == found
+    found = document("report", folder / "tree", folder / "artifact", "-o", folder / "page.html")
     assert isinstance(found, dict) and (folder / "page.html").is_file()
+    assert "time" in found["folders"][1]["sections"]
 
 
 @pytest.mark.parametrize("name", ["s2", "w4.onnx", "artifact", "tree"])

@@ -99,7 +99,7 @@ SECTIONS = {
         "Where the time goes",
         "How long a run of the compiled network takes, and which of its operators take it. An operator that has no "
         "integer kernel is computed in float: its data is converted before and after, which costs time, too.",
-        "`qdeploy profile ARTIFACT --model LEVEL.onnx --layers --json > ARTIFACT/profile.json`",
+        "`qdeploy profile ARTIFACT --model LEVEL.onnx --layers -o ARTIFACT/profile.json`",
     ),
     "ladder": Section(
         "What a climb costs",
