@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -19,8 +20,10 @@ from qdeploy.progress import BYTES, Counter, Display, duration, number, size
 
 ROOT = Path(__file__).parents[1]
 WORK = """
-import sys, time
+import signal, sys, time
 import click
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
 from qdeploy.cli_options import Group, say, show
 from qdeploy.progress import Counter
 
@@ -76,8 +79,11 @@ class Terminal:
         return self.text
 
     def end(self) -> tuple[int, str]:
-        """(exit code, standard output)."""
+        """(exit code, standard output); a process that has not ended by now is killed."""
         assert self.process.stdout is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
+        self.process.kill()
         with self.process.stdout:
             out = self.process.stdout.read().decode()
         os.close(self.ours)
