@@ -151,7 +151,7 @@ def search(  # noqa: PLR0913, PLR0917
     with maybe_connected(workers) as pool:
         session = Search(run, request, known, out, data_dir, say, where, pool, scored)
         front = session.run()
-    write_report(out, session.description(front))
+    write_report(out, f"Search of {session.recipe.name}", session.summary(front))
     measured = sum(1 for member in front.members if member.measured)
     text = f"{out}: {len(front.members)} subnets on the front, {measured} of them measured; qdeploy pick {out} --knee"
     show({"out": str(out), "subnets": len(front.members), "measured": measured}, text, as_json)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,10 +195,7 @@ def _history(name: str, folder: Path) -> Block:
         return Block("hypervolume", name, [], [hypervolume_plot(found)])
 
 
-def write_report(folder: Path, description: Mapping[str, Any]) -> None:
-    """report.html of a search and its plots as PNG and SVG, in its own folder.
-
-    `description`: "title" of the page, and the "text" before the front.
-    """
-    blocks, missing = search_blocks(folder, [description["text"]])
-    write_page(description["title"], [], blocks, missing, folder / "report.html", folder)
+def write_report(folder: Path, title: str, text: str) -> None:
+    """report.html of a search and its plots as PNG and SVG, in its own folder; `text` stands before the front."""
+    blocks, missing = search_blocks(folder, [text])
+    write_page(title, [], blocks, missing, folder / "report.html", folder)

@@ -375,41 +375,21 @@ class Search:
         keys = tuple(one.key for one in self.objectives)
         return Front(self.net.space.id, self.digest, keys, tuple(t.name for t in self.targets), tuple(kept))
 
-    def description(self, front: Front) -> dict[str, Any]:
-        """What `qdeploy.report.front.write_report` shows."""
+    def summary(self, front: Front) -> str:
+        """What was asked for, and how each round's predictions fared, which is also said."""
         compared = ["accuracy"] if self.scores else []
         compared += [f"latency_ms@{target.name}" for target in self.targets]
-        members = [
-            {
-                "id": member.spec.id,
-                "predicted": member.predicted,
-                "measured": member.measured,
-                "bars": member.bars,
-                "bits": {entry.layer: entry.weight_bits for entry in member.spec.layers},
-            }
-            for member in sorted(front.members, key=lambda m: m.value(front.objectives[0]))
-        ]
-        pairs, known = [], []
+        known = []
         for row in self.foretold:
             spec = SubnetSpec.from_json(row["spec"])
             if measured := self.measured(spec, row["predicted"]):
-                pairs.append({key: (row["predicted"][key], measured[key], row["bars"][key]) for key in compared})
                 known.append(Foretold(row["round"], spec.id, row["predicted"], measured))
         rounds = agreement(known, front, compared)
         for line in rounds:
             self.echo(line)
         limits = ", ".join(f"{bound.what.key} {bound.sign} {bound.limit:g}" for bound in self.bounds) or "no limits"
         text = f"{self.recipe.name}: {self.request.strategy}, {limits}; run {self.digest}, space {self.net.space.id}."
-        text += "".join(f" {line[0].upper()}{line[1:]}." for line in rounds)
-        return {
-            "title": f"Search of {self.recipe.name}",
-            "text": text,
-            "objectives": list(front.objectives),
-            "layers": self.encoding.layers,
-            "history": self.history,
-            "compared": {key: [pair[key] for pair in pairs] for key in compared},
-            "members": members,
-        }
+        return text + "".join(f" {line[0].upper()}{line[1:]}." for line in rounds)
 
     def write(self, front: Front) -> None:
         """front.json, front.csv, history.csv."""

@@ -208,7 +208,7 @@ def test_no_folder_and_no_kind_are_errors(tmp_path: Path) -> None:
 
 def test_a_search_writes_its_own_report(tmp_path: Path) -> None:
     search_folder(tmp_path)
-    write_report(tmp_path, {"title": "Search of <x>", "text": "nsga2, no limits."})
+    write_report(tmp_path, "Search of <x>", "nsga2, no limits.")
     page = (tmp_path / "report.html").read_text()
     assert "<h1>Search of &lt;x&gt;</h1>" in page and "nsga2, no limits." in page and page.count("<svg") == 4
     assert {path.stem for path in tmp_path.glob("*.png")} == {"front", "bits", "agreement", "hypervolume"}

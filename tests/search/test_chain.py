@@ -179,7 +179,7 @@ def test_levels_of_two_classes_become_one_bundle(
     monkeypatch.setattr(search, "IMPROVED", 5)
     monkeypatch.setattr(predictor, "STEPS", (20, 20))
     monkeypatch.setattr(Judge, "score", lambda self, spec: 50.0 + planes(spec))
-    monkeypatch.setattr("qdeploy.report.front.write_report", lambda folder, description: None)
+    monkeypatch.setattr("qdeploy.report.front.write_report", lambda *_: None)
     targets = [word for name in ("x86-64", "x86-64-avx512") for word in ("--target", TARGET_FILES / f"{name}.toml")]
     limits = {"x86-64": 10 + least + 3, "x86-64-avx512": 10 + most}
     bounds = [word for name, most in limits.items() for word in ("--max", f"download_kib@{name}={most}")]

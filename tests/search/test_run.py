@@ -104,7 +104,7 @@ def test_a_killed_search_ends_in_the_same_front(
             raise KeyboardInterrupt
         real(self, genomes)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("qdeploy.report.front.write_report", lambda folder, description: None)
+    monkeypatch.setattr("qdeploy.report.front.write_report", lambda *_: None)
     with monkeypatch.context() as patch:
         patch.setattr(module.Search, "score", killed)
         assert call("search", elastic_run, *QUESTION, *SMALL, "-o", out)[0] == 130
@@ -148,7 +148,7 @@ def test_samples_of_the_run_are_not_scored_again(
     scored: list[SubnetSpec] = []
     real = Judge.score
     monkeypatch.setattr(Judge, "score", lambda self, spec: scored.append(spec) or real(self, spec))
-    monkeypatch.setattr("qdeploy.report.front.write_report", lambda folder, description: None)
+    monkeypatch.setattr("qdeploy.report.front.write_report", lambda *_: None)
     ask = ("search", elastic_run, *QUESTION, *SMALL[:-4], "--measure", 1, "--scored", path, "-o", out)
     assert call(*ask)[0] == 0
     held = {row["spec_id"] for row in rows}
