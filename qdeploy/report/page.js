@@ -78,4 +78,14 @@ for (const plot of document.querySelectorAll(".plot")) {
     go(marks, at, Math.min(Math.max(to, 0), marks.length - 1));
   });
 }
-window.addEventListener("scroll", hide, { passive: true, capture: true });
+// Focus may bring its mark into view by scrolling: what it says then goes along, as under a pointer that stays on a mark.
+function follow() {
+  const mark = document.querySelector(".mark:hover") ?? document.activeElement?.closest(".mark");
+  if (mark && !tip.hidden) {
+    show(mark);
+  } else {
+    hide();
+  }
+}
+
+window.addEventListener("scroll", follow, { passive: true, capture: true });

@@ -185,6 +185,7 @@ def await_free(path: Path) -> None:
 def test_a_stopped_cell_resumes_to_the_same_figures(
     tool: SimpleNamespace, tmp_path: Path, how: str  # noqa: F811
 ) -> None:  # fmt: skip
+    run = tmp_path / "work" / "part" / "a" / "0"
     with begin(tmp_path, LONG) as process:
         await_quantized(process)
         if how == "Ctrl-C":
@@ -192,8 +193,7 @@ def test_a_stopped_cell_resumes_to_the_same_figures(
             assert process.wait(120) == 130
         else:
             process.kill()  # the parent alone: its child notices, and stops at a checkpoint
-    run = tmp_path / "work" / "part" / "a" / "0"
-    await_free(run.with_suffix(".lock"))
+        await_free(run.with_suffix(".lock"))  # what the child may still say has a reader until then
     assert not (tmp_path / "claims").exists() and (run / "quantized.checkpoint").exists()
     assert not (run / "report.json").exists()
     seconds = json.loads((run / "cpu_seconds.json").read_text())
